@@ -24,7 +24,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sample import load_subset, read_samples, snapshots
-from train import InputError, command_line, pick_device, read_csv, read_run, to_float, write_atomic, write_csv
+from train import (
+    UNREADABLE,
+    InputError,
+    command_line,
+    pick_device,
+    read_csv,
+    read_run,
+    to_float,
+    write_atomic,
+    write_csv,
+)
 
 THRESHOLDS = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2}      # of d1/d2; the literature's is 1/3
 DUPLICATE_RMS = 0.1         # training images closer than this, root mean square over pixels in [-1, 1], are one group
@@ -302,7 +312,7 @@ def load_weights(path=None):
     if path is None:
         try:
             torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False, map_location="cpu")
-        except Exception as error:      # no network, a full disk, a wrong hash: urllib and torch have types for each
+        except (OSError, RuntimeError) as error:            # no network, a full disk; a wrong hash
             raise InputError(f"--features inception: the weights cannot be had ({error}); fetch {WEIGHTS_URL} to "
                              f"{place}, or name the file with --weights") from None
     path = Path(path or place)
@@ -311,7 +321,7 @@ def load_weights(path=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"--weights {path}: {error.strerror}") from None
-    except Exception as error:          # a file cut short or of another format: torch has a type for each
+    except UNREADABLE as error:
         raise InputError(f"--weights {path}: damaged or no state dict ({type(error).__name__})") from None
     if digest not in WEIGHTS_URL:
         print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not comparable",

@@ -11,6 +11,7 @@ Equation numbers: "Song" is arXiv 2010.02502 (DDIM), "Ho" is arXiv 2006.11239 (D
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -18,8 +19,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from train import (PROCESSES, InputError, autocast, build_net, command_line, expand, generator, load_checkpoint,
-                   load_data, pick_device, read_run, subset_hash, to_float, write_atomic)
+from train import (
+    PROCESSES,
+    UNREADABLE,
+    InputError,
+    autocast,
+    build_net,
+    command_line,
+    expand,
+    generator,
+    load_checkpoint,
+    load_data,
+    pick_device,
+    read_run,
+    subset_hash,
+    to_float,
+    write_atomic,
+)
 
 # ----------------------------------------------------------------------------------------------------------------
 # The sampler
@@ -58,7 +74,7 @@ def sample(predict, process, shape, seeds, steps, eta=0.0, device="cpu", progres
     # The times are cast as train.py draws them: float32 holds k/1000 well enough to find k again.
     times = process.times(steps).float().to(device)
     x = noise().contiguous(memory_format=torch.channels_last)
-    for t, t_next in zip(times[:-1], times[1:]):
+    for t, t_next in itertools.pairwise(times):
         prediction = predict(x, t.expand(len(x))).float()
         x = ddim_step(process, x, prediction, t, t_next, eta, noise() if eta else None)
         if progress:
@@ -118,7 +134,7 @@ def read_samples(path):
     try:
         with np.load(path) as archive:
             return archive["images"], archive["labels"], json.loads(str(archive["settings"]))
-    except Exception as error:      # missing, cut short, not an .npz, a key missing: numpy has a type for each
+    except UNREADABLE as error:
         raise InputError(f"{path}: no readable samples file ({type(error).__name__}: {error})") from None
 
 
@@ -138,16 +154,14 @@ def snapshots(run):
     return sorted(int(p.stem) for p in (Path(run) / "snapshots").glob("[0-9]*.pt"))
 
 
-def load_ema(run, record, step, device):
-    """The U-Net of a run with the EMA weights of a snapshot. Raises InputError: missing, damaged, another shape."""
-    path = Path(run) / f"snapshots/{step:07d}.pt"
-    state = load_checkpoint(path, device)
-    net = build_net(record["options"], record["image_shape"][2], record["classes"])
+def load_ema(net, run, name):
+    """Give `net` the EMA weights of a snapshot. Raises InputError: missing, damaged, another shape."""
+    path = Path(run) / f"snapshots/{name}.pt"
+    state = load_checkpoint(path)
     try:
         net.load_state_dict(state["ema"])
     except (KeyError, TypeError, RuntimeError):
         raise InputError(f"{path}: does not hold the weights that {run}/args.json describes") from None
-    return net.to(device, memory_format=torch.channels_last).eval()
 
 
 def load_subset(run, record, data=None):
@@ -233,26 +247,26 @@ def main(argv=None):
 
     if args.exact:
         data = load_subset(args.run, record, args.data)
-        known = to_float(torch.from_numpy(data.train_images).to(device)).contiguous()
-        classes = torch.from_numpy(data.train_labels).to(device)
-    compiled = None
-    for name in todo:
-        if args.exact:
-            def predict_for(label):
-                return exact_predictor(process, known, (classes, label) if record["classes"] else None)
-        else:
-            net = load_ema(args.run, record, int(name), device)
-            if compiled is None:                            # compiled once; later snapshots only change its weights
-                compiled = torch.compile(net, fullgraph=True) if args.compile and device.type == "cuda" else net
-                weights = net
-            else:
-                weights.load_state_dict(net.state_dict())
+        known, classes = (torch.from_numpy(x).to(device) for x in (data.train_images, data.train_labels))
+        known = to_float(known).contiguous()
+    else:
+        net = build_net(record["options"], record["image_shape"][2], record["classes"])
+        net = net.to(device, memory_format=torch.channels_last).eval()
+        compiled = torch.compile(net, fullgraph=True) if args.compile and device.type == "cuda" else net
 
-            def predict_for(label):
-                def predict(xt, t):
-                    with autocast(device, args.amp):
-                        return compiled(xt, t, label if record["classes"] else None)
-                return predict
+    def predict_for(label):
+        """predict(xt, t) of the images with these labels."""
+        if args.exact:
+            return exact_predictor(process, known, (classes, label) if record["classes"] else None)
+
+        def predict(xt, t):
+            with autocast(device, args.amp):
+                return compiled(xt, t, label if record["classes"] else None)
+        return predict
+
+    for name in todo:
+        if not args.exact:
+            load_ema(net, args.run, name)
         write_samples(args.run, name, *draw(args, predict_for, process, record, device, name), settings)
         print(f"{args.run}/samples/{name}.npz: {args.num} images", flush=True)
 

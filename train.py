@@ -21,11 +21,15 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +38,10 @@ from torch import nn
 from tqdm import tqdm
 
 HELD_OUT = 5120                 # the study's held-out set: the first 5,120 test images
-EMA_DECAY = 0.9999
 LEVELS = 10                     # the loss is also kept in ten equal slices of t
+# What numpy and torch raise on a file that is missing, cut short, damaged or of another format.
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+              RuntimeError, NotImplementedError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 # ----------------------------------------------------------------------------------------------------------------
 # Errors and files
@@ -47,20 +53,23 @@ class InputError(ValueError):
 
 
 def command_line(main):
-    """Decorate a script's main(argv): an InputError or a full disk ends it with one line on stderr and exit code 2."""
+    """Decorate a script's main(argv): a failure that a user can mend ends it with one line on stderr.
+
+    Exit code 2 for bad input, 1 for a loss that is not finite or a file that cannot be written.
+    """
     @functools.wraps(main)
     def wrapper(argv=None):
         try:
             return main(argv)
         except InputError as error:
-            message = f"error: {error}"
-        except OSError as error:
-            message = f"error: {error.filename or 'output'}: {error.strerror or error}"
+            code, message = 2, f"error: {error}"
+        except (FloatingPointError, OSError) as error:
+            code, message = 1, f"error: {error}"
         except KeyboardInterrupt:
             print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
             raise SystemExit(130) from None
         print(message, file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(code)
     return wrapper
 
 
@@ -96,6 +105,11 @@ def read_csv(path):
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def save(path, value):
+    """torch.save, atomically."""
+    write_atomic(path, lambda file: torch.save(value, file))
 
 
 def write_json(path, value):
@@ -149,7 +163,7 @@ def _read_npz(path):
             arrays = {key: archive[key] for key in Data._fields if key in archive.files}
     except FileNotFoundError:
         raise InputError(f"--data {path}: no such file") from None
-    except Exception as error:      # numpy raises half a dozen types on a file that is no .npz or is cut short
+    except UNREADABLE as error:
         raise InputError(f"--data {path}: not a readable .npz ({type(error).__name__}: {error})") from None
     for key in Data._fields:
         if key not in arrays:
@@ -403,8 +417,7 @@ class UNet(nn.Module):
 
     def __init__(self, width=128, mults=(1, 2, 4), blocks=3, attention=None, embed=512, classes=0, channels=3):
         super().__init__()
-        attention = set(range(1, len(mults)) if attention is None else attention)
-        check_unet(width, mults, blocks, attention, embed)
+        attention = check_unet(width, mults, blocks, attention, embed)
         self.embed, self.classes, self.levels = embed, classes, len(mults)
         self.time = nn.Sequential(nn.Linear(embed, embed), nn.SiLU(), nn.Linear(embed, embed))
         self.label = nn.Embedding(classes, embed) if classes else None
@@ -456,17 +469,20 @@ class UNet(nn.Module):
 
 
 def check_unet(width, mults, blocks, attention, embed):
-    """Raise InputError, naming the flag, unless a U-Net can be built with these sizes."""
+    """The set of levels with attention. Raises InputError, naming the flag, on impossible sizes."""
     if width < 1 or blocks < 1 or not mults or min(mults) < 1:
-        raise InputError("--width, --blocks and every one of --mults must be at least 1")
+        raise InputError("--width, --blocks and each of --mults must be at least 1")
     if embed < 2 or embed % 2:
         raise InputError(f"--embed {embed}: must be an even number")
+    attention = set(range(1, len(mults)) if attention is None else attention)
     if not attention <= set(range(len(mults))):
-        raise InputError(f"--attention {max(attention)}: the levels are 0 to {len(mults) - 1}")
+        raise InputError(f"--attention: the levels are 0 to {len(mults) - 1}")
     for level in sorted(attention | {len(mults) - 1}):
         d = width * mults[level]
         if d > 64 and d % 64:
-            raise InputError(f"--width {width}: heads of 64 channels do not divide the {d} channels of level {level}")
+            raise InputError(f"--width {width}: heads of 64 channels do not divide the {d} "
+                             f"channels of level {level}")
+    return attention
 
 
 def check_size(size, mults):
@@ -514,55 +530,60 @@ def evaluation_steps(steps, per_doubling=2, first=64):
     return sorted({round(first * 2 ** (k / per_doubling)) for k in range(count + 1)} | {steps})
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The run folder
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Options
+# --------------------------------------------------------------------------------------------------
 
 # Options that say where, how fast or how long, not what: they may change when a run is continued.
 NOT_IDENTITY = ("out", "steps", "images", "device", "compile", "save_minutes")
 
 
-def parse(argv):
-    """The options of a run, defaults filled in. Raises InputError on values that make no sense."""
+def make_parser():
+    """The command line of train.py."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    data = p.add_argument_group("data")
-    data.add_argument("--data", default="cifar10", help="toy, cifar10 (downloaded) or an .npz file")
-    data.add_argument("--n", type=int, default=2048, help="training images: the first n, so subsets are nested")
-    data.add_argument("--offset", type=int, default=0, help="skip so many training images: disjoint subsets")
-    data.add_argument("--size", type=int, help="area-average the images down to SIZE x SIZE pixels; "
-                      "toy images are drawn at that size (16 by default)")
-    data.add_argument("--flip", action="store_true", help="mirror half of the images at random")
-    model = p.add_argument_group("model")
-    model.add_argument("--process", choices=PROCESSES, default="ddpm", help="noise process")
-    model.add_argument("--conditional", action="store_true", help="give the class to the model")
-    model.add_argument("--width", type=int, default=128, help="channels of the first level")
-    model.add_argument("--mults", type=int, nargs="+", default=[1, 2, 4], help="channels of each level / width")
-    model.add_argument("--blocks", type=int, default=3, help="residual blocks a level")
-    model.add_argument("--attention", type=int, nargs="*", help="levels with self-attention (all but the first)")
-    model.add_argument("--embed", type=int, default=512, help="size of the noise and class embedding")
-    training = p.add_argument_group("training")
-    training.add_argument("--batch", type=int, default=16, help="images a step")
-    training.add_argument("--lr", type=float, default=1e-4, help="Adam's learning rate")
-    training.add_argument("--steps", type=int, help="train to this step (100000)")
-    training.add_argument("--images", type=int, help="train to this many images seen, instead of --steps")
-    training.add_argument("--seed", type=int, default=0, help="of initial weights, batches, times and noise")
-    training.add_argument("--ema", type=float, default=EMA_DECAY, help="decay of the weights' moving average, "
-                          "reached through min(EMA, (1 + step) / (10 + step))")
-    evaluation = p.add_argument_group("evaluation and files")
-    evaluation.add_argument("--evals-per-doubling", type=int, default=2, help="evaluations a doubling of the step")
-    evaluation.add_argument("--first-eval", type=int, default=64, help="step of the first evaluation")
-    evaluation.add_argument("--eval-images", type=int, default=HELD_OUT, help="images (repeated where there are "
-                            "fewer) in each of the two losses")
-    evaluation.add_argument("--save-minutes", type=float, default=5, help="minutes between checkpoints")
-    evaluation.add_argument("--out", help="the run folder (runs/ and a name made of the options)")
-    machine = p.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                         help="torch.compile, on CUDA only")
-    machine.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-                         help="autocast; auto is bf16 on CUDA (fp16 where it has no bf16), off on a CPU")
-    args = p.parse_args(argv)
+    data = p.add_argument_group("data").add_argument
+    data("--data", default="cifar10", help="toy, cifar10 (downloaded) or an .npz file")
+    data("--n", type=int, default=2048, help="training images: the first n, so subsets are nested")
+    data("--offset", type=int, default=0, help="skip so many images first, for disjoint subsets")
+    data("--size", type=int, help="area-average the images down to SIZE x SIZE pixels; toy images "
+         "are drawn at that size (16)")
+    data("--flip", action="store_true", help="mirror half of the images at random")
+    model = p.add_argument_group("model").add_argument
+    model("--process", choices=PROCESSES, default="ddpm", help="noise process")
+    model("--conditional", action="store_true", help="give the class to the model")
+    model("--width", type=int, default=128, help="channels of the first level")
+    model("--mults", type=int, nargs="+", default=[1, 2, 4], help="channels of each level / width")
+    model("--blocks", type=int, default=3, help="residual blocks a level")
+    model("--attention", type=int, nargs="*", help="levels with self-attention (all but level 0)")
+    model("--embed", type=int, default=512, help="size of the noise and class embedding")
+    training = p.add_argument_group("training").add_argument
+    training("--batch", type=int, default=16, help="images a step")
+    training("--lr", type=float, default=1e-4, help="Adam's learning rate")
+    training("--steps", type=int, help="train to this step (100000); a larger one continues a run")
+    training("--images", type=int, help="train until so many images are seen, instead of --steps")
+    training("--seed", type=int, default=0, help="of initial weights, batches, times and noise")
+    training("--ema", type=float, default=0.9999, help="decay of the weights' moving average; the "
+             "first steps use min(EMA, (1 + step) / (10 + step))")
+    evaluation = p.add_argument_group("evaluation and files").add_argument
+    evaluation("--evals-per-doubling", type=int, default=2, help="evaluations a doubling of step")
+    evaluation("--first-eval", type=int, default=64, help="step of the first evaluation")
+    evaluation("--eval-images", type=int, default=HELD_OUT, help="images in each of the two losses "
+               "(repeated in turn where there are fewer)")
+    evaluation("--save-minutes", type=float, default=5, help="minutes between checkpoints")
+    evaluation("--out", help="the run folder (runs/ and a name made of the options)")
+    machine = p.add_argument_group("machine").add_argument
+    machine("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    machine("--compile", action=argparse.BooleanOptionalAction, default=True,
+            help="torch.compile, on CUDA only")
+    machine("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast; auto "
+            "is bf16 on CUDA (fp16 where the card has no bf16), off on a CPU")
+    return p
+
+
+def parse(argv):
+    """The options of a run, checked, with --images turned into --steps. Raises InputError."""
+    args = make_parser().parse_args(argv)
     if args.steps is not None and args.images is not None:
         raise InputError("--steps and --images: give one of them")
     for name in ("batch", "steps", "images", "evals_per_doubling", "first_eval", "lr"):
@@ -572,9 +593,9 @@ def parse(argv):
     if not 0 <= args.ema < 1:
         raise InputError(f"--ema {args.ema}: must be at least 0 and below 1")
     if args.eval_images < LEVELS:
-        raise InputError(f"--eval-images {args.eval_images}: needs at least {LEVELS}, one a noise level")
+        raise InputError(f"--eval-images {args.eval_images}: needs {LEVELS} or more, one a level")
     args.steps = args.steps or (math.ceil(args.images / args.batch) if args.images else 100_000)
-    check_unet(args.width, args.mults, args.blocks, set(args.attention or ()), args.embed)
+    check_unet(args.width, args.mults, args.blocks, args.attention, args.embed)
     return args
 
 
@@ -582,154 +603,131 @@ def run_name(args):
     """N2048_w128_B16_lr1e-4_s0, then every other option that differs from its default."""
     lr = np.format_float_scientific(args.lr, trim="-", exp_digits=1)
     name = f"N{args.n}_w{args.width}_B{args.batch}_lr{lr}_s{args.seed}"
-    default = parse([])
-    for key, value in vars(args).items():
-        if key not in (*NOT_IDENTITY, "n", "width", "batch", "lr", "seed") and value != getattr(default, key):
-            text = "-".join(map(str, value)) if isinstance(value, list) else Path(str(value)).stem
-            name += f"_{text}" if key in ("data", "process") else f"_{key}" if value is True else f"_{key}{text}"
+    for key, default in vars(make_parser().parse_args([])).items():
+        value = getattr(args, key)
+        if key in (*NOT_IDENTITY, "n", "width", "batch", "lr", "seed") or value == default:
+            continue
+        text = "-".join(map(str, value)) if isinstance(value, list) else Path(str(value)).stem
+        name += {"data": f"_{text}", "process": f"_{text}"}.get(
+            key, f"_{key}" if value is True else f"_{key}{text}")
     return name
 
 
-def pick_device(name):
-    """torch.device of "auto", "cpu", "cuda" or "cuda:K". Raises InputError where there is no such device."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:K") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:K")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def autocast(device, amp="auto"):
-    """A context manager for mixed precision on `device`: bf16, fp16 or none (see --amp)."""
-    if amp == "auto":
-        amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if amp == "off":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16)
+# --------------------------------------------------------------------------------------------------
+# The run folder
+# --------------------------------------------------------------------------------------------------
 
 
 def describe(args, data, net):
-    """What args.json holds: the options, and everything that the next stages and a reader need to know."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
-                         capture_output=True, cwd=Path(__file__).parent, check=False)
+    """What args.json holds: the options, and all that the next stages and a reader must know."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                         text=True, capture_output=True, cwd=Path(__file__).parent, check=False)
     return {"options": vars(args), "parameters": sum(p.numel() for p in net.parameters()),
             "image_shape": list(data.train_images.shape[1:]), "classes": net.classes,
             "held_out": len(data.test_images), "subset_sha256": subset_hash(data),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-                         "cuda": torch.version.cuda if torch.cuda.is_available() else None},
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "numpy": np.__version__, "cuda": torch.version.cuda},
             "git_commit": git.stdout.strip() or "unknown"}
 
 
+def read_run(run):
+    """args.json of a run folder, a dict. Raises InputError where there is none or it is damaged."""
+    try:
+        record = json.loads((Path(run) / "args.json").read_text())
+        if not record["options"] or not {"image_shape", "classes", "subset_sha256"} <= set(record):
+            raise ValueError
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{run}: not a run folder (it has no args.json)") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{run}/args.json: damaged, or not written by train.py") from None
+    return record
+
+
+@contextlib.contextmanager
+def claimed(out, record):
+    """Make the run folder, hold its lock, write args.json.
+
+    Raises InputError where the folder holds another configuration, is in use, or cannot be written.
+    The lock is the kernel's: it falls with the process, however that ends.
+    """
+    if out.is_dir() and not (out / "args.json").exists() and any(out.glob("[!.]*")):
+        raise InputError(f"--out {out}: holds files but no args.json; use another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        old = read_run(out) if (out / "args.json").exists() else None
+        different = old and [key for key, value in record["options"].items()
+                             if key not in NOT_IDENTITY and old["options"].get(key) != value]
+        if old and old["subset_sha256"] != record["subset_sha256"]:
+            different.append("training images")
+        if different:
+            raise InputError(f"--out {out}: holds a run with another {', '.join(different)}; "
+                             "use another folder")
+        if not old or old["options"] != record["options"]:
+            write_json(out / "args.json", record)
+        yield
+    except BlockingIOError:
+        raise InputError(f"--out {out}: another process is training in it") from None
+    finally:
+        os.close(lock)
+
+
+def load_checkpoint(path, device="cpu"):
+    """A file of torch.save, its tensors on `device`. Raises InputError: missing or damaged."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UNREADABLE as error:
+        raise InputError(f"{path}: damaged, or no checkpoint ({type(error).__name__}); "
+                         "delete it to make it anew") from None
+
+
 def build_net(options, channels, classes):
-    """A UNet as the options (a dict) say, with weights that are a function of the seed; on the CPU."""
+    """A UNet as the options (a dict) say, on the CPU; its weights are a function of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options["seed"])
         return UNet(options["width"], options["mults"], options["blocks"], options["attention"],
                     options["embed"], classes, channels)
 
 
-def claim_folder(out, record):
-    """Make the run folder, lock it, write args.json. Returns the lock, a file to be kept open.
-
-    Raises InputError where the folder holds another configuration, is in use, or cannot be written.
-    """
-    identity = {k: v for k, v in record["options"].items() if k not in NOT_IDENTITY}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"--out {out}: another process is training in this folder") from None
-    if (out / "args.json").exists():
-        old = read_run(out)
-        different = [k for k, v in identity.items() if old["options"].get(k) != v]
-        if old["subset_sha256"] != record["subset_sha256"]:
-            different.append("training images")
-        if different:
-            raise InputError(f"--out {out}: holds a run that differs in {', '.join(different)}; use another folder")
-    elif any(out.glob("[!.]*")):
-        raise InputError(f"--out {out}: holds files but no args.json, so it is no run folder; use another one")
-    write_json(out / "args.json", record)
-    return lock
+# --------------------------------------------------------------------------------------------------
+# The machine
+# --------------------------------------------------------------------------------------------------
 
 
-def read_run(run):
-    """args.json of a run folder as a dict. Raises InputError where there is none or it cannot be read."""
-    try:
-        record = json.loads((Path(run) / "args.json").read_text())
-        record["options"]["seed"], record["image_shape"], record["classes"], record["subset_sha256"]
-        return record
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{run}: no run folder (it has no args.json)") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{run}/args.json: damaged; not written by train.py") from None
+def pick_device(name):
+    """torch.device of auto, cpu, cuda or cuda:K. Raises InputError where there is no such one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:K")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
+                         "devices that torch can use")
+    return torch.device(name)
 
 
-def load_checkpoint(path, device="cpu"):
-    """A file written by torch.save, as tensors on `device`. Raises InputError where it is missing or damaged."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:      # torch raises half a dozen types on a file that is cut short
-        raise InputError(f"{path}: damaged or no checkpoint ({type(error).__name__})") from None
+def amp_dtype(device, amp="auto"):
+    """torch.bfloat16, torch.float16 or None (no autocast), as --amp and the device say."""
+    if amp == "auto":
+        amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def evaluate(net, process, images, labels, count, amp="auto"):
-    """The loss over `count` images, repeated in turn where there are fewer: its mean, then in LEVELS slices of t.
-
-    images uint8 (n, S, S, C), labels (n,) or None, on the net's device. Image i of every split, at every
-    evaluation of every run, meets the same t and noise: differences come from the images and the weights alone.
-    """
-    device, n, losses = images.device, len(images), []
-    order = torch.randperm(count, generator=generator("cpu", "evaluation", count))
-    u = ((order + 0.5) / count).to(device)                      # one t in each of `count` equal slices of [0, 1]
-    for block, index in enumerate(torch.arange(count, device=device).split(256)):
-        x0 = to_float(images[index % n])
-        eps = torch.randn(x0.shape, generator=generator(device, "evaluation", block), device=device)
-        with autocast(device, amp):
-            losses.append(diffusion_loss(net, process, x0, process.snap(u[index]), eps,
-                                         None if labels is None else labels[index % n]))
-    losses = torch.cat(losses).double().cpu().numpy()
-    level = np.minimum((u.cpu().numpy() * LEVELS).astype(int), LEVELS - 1)
-    return losses.mean(), np.bincount(level, losses, LEVELS) / np.bincount(level, minlength=LEVELS)
-
-
-def log_row(step, batch, rate, seconds, train, held_out):
-    """One row of log.csv; train and held_out are what evaluate() returns."""
-    row = {"step": step, "images": step * batch, "train_loss": f"{train[0]:.8g}", "heldout_loss": f"{held_out[0]:.8g}"}
-    for name, (_, levels) in (("train", train), ("heldout", held_out)):
-        row |= {f"{name}_loss_level{k}": f"{value:.8g}" for k, value in enumerate(levels)}
-    return row | {"images_per_second": f"{rate:.1f}", "seconds": f"{seconds:.1f}"}
-
-
-def check_finite(status, net, step, good):
-    """Raise FloatingPointError if a loss so far or a weight is not finite. Waits for the device."""
-    loss, bad_step = status.tolist()
-    if not bad_step and not torch.stack(torch._foreach_norm(list(net.parameters()))).isfinite().all():
-        bad_step = step
-    if bad_step:
-        raise FloatingPointError(f"step {int(bad_step)}: the loss or a weight is not finite; the last good state, "
-                                 f"step {good}, is kept. A lower --lr usually helps")
+def autocast(device, amp="auto"):
+    """Mixed precision on `device`, a context manager; see --amp."""
+    dtype = amp_dtype(device, amp)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def setup_cuda():
-    """The same bits every time on one machine, and TF32 for what autocast leaves in float32 (training only)."""
+    """The same bits every time on one machine, and TF32 for what autocast leaves in float32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -737,54 +735,111 @@ def setup_cuda():
     torch.backends.cudnn.allow_tf32 = True
 
 
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(net, process, images, labels, count, amp="auto"):
+    """The loss over `count` images, repeated in turn where there are fewer: mean, and by level of t.
+
+    images uint8 (n, S, S, C), labels (n,) or None, on the net's device. Returns a number and
+    (LEVELS,), the means in equal slices of t. Image i of every split, at every evaluation of every
+    run, meets the same t and noise: differences come from the images and the weights alone.
+    """
+    device, n, losses = images.device, len(images), []
+    order = torch.randperm(count, generator=generator("cpu", "evaluation", count))
+    u = ((order + 0.5) / count).to(device)              # one t in each of `count` slices of [0, 1]
+    for block, index in enumerate(torch.arange(count, device=device).split(256)):
+        x0 = to_float(images[index % n])
+        g = generator(device, "evaluation", block)
+        eps = torch.randn(x0.shape, generator=g, device=device)
+        with autocast(device, amp):
+            losses.append(diffusion_loss(net, process, x0, process.snap(u[index]), eps,
+                                         None if labels is None else labels[index % n]))
+    losses = torch.cat(losses).double().cpu().numpy()
+    level = np.minimum((u.cpu().numpy() * LEVELS).astype(int), LEVELS - 1)
+    sums = np.bincount(level, losses, LEVELS)
+    return losses.mean(), sums / np.bincount(level, minlength=LEVELS)
+
+
+def log_row(step, batch, rate, seconds, train, heldout):
+    """One row of log.csv; train and heldout are what evaluate() returns."""
+    row = {"step": step, "images": step * batch,
+           "train_loss": f"{train[0]:.8g}", "heldout_loss": f"{heldout[0]:.8g}"}
+    for name, (_, levels) in (("train", train), ("heldout", heldout)):
+        row |= {f"{name}_loss_level{k}": f"{value:.8g}" for k, value in enumerate(levels)}
+    return row | {"images_per_second": f"{rate:.1f}", "seconds": f"{seconds:.1f}"}
+
+
+def check_finite(status, net, step, good):
+    """Raise FloatingPointError if a loss so far or a weight is not finite. Waits for the device."""
+    bad_step = int(status[1])
+    norms = torch.stack(torch._foreach_norm(list(net.parameters())))
+    if bad_step or not norms.isfinite().all():
+        kept = f"the last good state, of step {good}, is kept" if good else "nothing was saved"
+        raise FloatingPointError(f"step {bad_step or step}: the loss or a weight is not finite; "
+                                 f"{kept}. A lower --lr usually helps")
+
+
 @command_line
 def main(argv=None):
-    """Train as the options say; see the module's docstring. Raises SystemExit: 2 on bad input, 1 on divergence."""
+    """Train as the options say; see the top of the file.
+
+    Raises SystemExit: 2 on bad input, 1 when the loss is not finite or a file cannot be written.
+    """
     args = parse(argv)
     device = pick_device(args.device)
     data = load_data(args.data, args.n, args.size, args.offset)
     check_size(data.train_images.shape[1], args.mults)
-    classes = int(max(data.train_labels.max(), data.test_labels.max())) + 1 if args.conditional else 0
+    labels_of = (data.train_labels, data.test_labels)
+    classes = int(max(labels.max() for labels in labels_of)) + 1 if args.conditional else 0
     net = build_net(vars(args), data.train_images.shape[3], classes)
     out = Path(args.out or f"runs/{run_name(args)}")
-    lock = claim_folder(out, describe(args, data, net))
+    with claimed(out, describe(args, data, net)):
+        train(args, out, data, net, device)
+
+
+def train(args, out, data, net, device):
+    """Train `net` on `data` from the last checkpoint in `out`, or from the start, to args.steps."""
     if device.type == "cuda":
         setup_cuda()
-
     net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False)
     params, ema_params = list(net.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(params, lr=args.lr, fused=True)
-    fp16 = args.amp == "fp16" or (args.amp == "auto" and device.type == "cuda" and not torch.cuda.is_bf16_supported())
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
+    parts = {"net": net, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     start, seconds, rows = 0, 0.0, []
     if (out / "last.pt").exists():
         last = load_checkpoint(out / "last.pt", device)
+        for name, part in parts.items():
+            part.load_state_dict(last[name])
         start, seconds = last["step"], last["seconds"]
-        net.load_state_dict(last["net"])
-        ema.load_state_dict(last["ema"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
         rows = [row for row in read_csv(out / "log.csv") if int(row["step"]) <= start]
     if start >= args.steps:
-        print(f"{out}: finished, at step {start}; nothing to do")
+        print(f"{out}: finished at step {start}; nothing to do")
         return
 
     process = PROCESSES[args.process]
-    model = torch.compile(net, fullgraph=True) if args.compile and device.type == "cuda" else net
-    images, held = (torch.from_numpy(x).to(device) for x in (data.train_images, data.test_images))
-    labels, held_labels = (torch.from_numpy(x).to(device) if classes else None
-                           for x in (data.train_labels, data.test_labels))
+    model = net
+    if args.compile and device.type == "cuda":
+        model = torch.compile(net, fullgraph=True)
+    images, held, labels, held_labels = (torch.from_numpy(data_part).to(device) for data_part in (
+        data.train_images, data.test_images, data.train_labels, data.test_labels))
+    if not net.classes:
+        labels = held_labels = None
     shape = (args.batch, images.shape[3], *images.shape[1:3])
-    evaluations = set(evaluation_steps(args.steps, args.evals_per_doubling, args.first_eval))
-    status = torch.zeros(2, device=device)                          # loss, first step whose loss is not finite
-    seen = torch.zeros(2, pin_memory=device.type == "cuda")         # the same, a few steps late, without waiting
+    evaluations = evaluation_steps(args.steps, args.evals_per_doubling, args.first_eval)
+    status = torch.zeros(2, device=device)                      # loss; first step with a bad one
+    seen = torch.zeros(2, pin_memory=device.type == "cuda")     # a copy that nobody waits for
     print(f"{out}: {sum(p.numel() for p in params):,} parameters, {args.n} images, on {device}, "
-          f"step {start} to {args.steps}", flush=True)
-    bar = tqdm(total=args.steps * args.batch, initial=start * args.batch, unit="img", unit_scale=True, disable=None)
-    good = start
-    began = saved = lap = time.monotonic()
-    lap_step = start
+          f"steps {start} to {args.steps}", flush=True)
+    bar = tqdm(total=args.steps * args.batch, initial=start * args.batch, unit="img",
+               unit_scale=True, disable=None)
+    good = lap_step = start
+    began = lap = time.monotonic()
     for step in range(start + 1, args.steps + 1):
         index = batch_indices(args.n, args.batch, args.seed, step, device)
         t, eps, flips = step_noise(process, shape, args.seed, step, device)
@@ -792,39 +847,40 @@ def main(argv=None):
         if args.flip:
             x0 = torch.where(expand(flips, x0), x0.flip(3), x0)
         with autocast(device, args.amp):
-            loss = diffusion_loss(model, process, x0, t, eps, labels[index] if classes else None).mean()
+            loss = diffusion_loss(model, process, x0, t, eps,
+                                  None if labels is None else labels[index]).mean()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_(ema_params, params, 1 - min(args.ema, (1 + step) / (10 + step)))
 
-        bad = torch.where((status[1] == 0) & ~loss.detach().isfinite(), step, status[1])
-        status = torch.stack([loss.detach(), bad])
+        loss = loss.detach()
+        bad = torch.where((status[1] == 0) & ~loss.isfinite(), step, status[1])
+        status = torch.stack([loss, bad])
         seen.copy_(status, non_blocking=True)
         bar.set_postfix(step=step, loss=f"{seen[0]:.4f}", refresh=False)
         bar.update(args.batch)
-
-        evaluating = step in evaluations
-        if not (evaluating or seen[1] or time.monotonic() - saved > 60 * args.save_minutes):
+        saving = time.monotonic() - lap > 60 * args.save_minutes
+        if not (step in evaluations or saving or seen[1]):
             continue
+
         check_finite(status, net, step, good)
         now = time.monotonic()
-        if evaluating:
-            write_atomic(out / f"snapshots/{step:07d}.pt", lambda f: torch.save({"step": step, "ema": ema.state_dict()}, f))
-            rate = (step - lap_step) * args.batch / max(now - lap, 1e-9)
+        rate = (step - lap_step) * args.batch / (now - lap)
+        if step in evaluations:
+            save(out / f"snapshots/{step:07d}.pt", {"step": step, "ema": ema.state_dict()})
             train_loss = evaluate(ema, process, images, labels, args.eval_images, args.amp)
             heldout_loss = evaluate(ema, process, held, held_labels, args.eval_images, args.amp)
-            rows.append(log_row(step, args.batch, rate, seconds + time.monotonic() - began, train_loss, heldout_loss))
+            rows.append(log_row(step, args.batch, rate, seconds + now - began, train_loss,
+                                heldout_loss))
             write_csv(out / "log.csv", rows)
-            bar.write(f"step {step:7d}  train {train_loss[0]:.5f}  held-out {heldout_loss[0]:.5f}  {rate:.0f} images/s")
-        write_atomic(out / "last.pt", lambda f: torch.save(
-            {"step": step, "seconds": seconds + time.monotonic() - began, "net": net.state_dict(),
-             "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, f))
-        good, saved = step, time.monotonic()
-        lap, lap_step = time.monotonic(), step
+            bar.write(f"step {step:7d}  train {train_loss[0]:.5f}  "
+                      f"held-out {heldout_loss[0]:.5f}  {rate:.0f} images/s")
+        save(out / "last.pt", {"step": step, "seconds": seconds + time.monotonic() - began}
+             | {name: part.state_dict() for name, part in parts.items()})
+        good, lap, lap_step = step, time.monotonic(), step
     bar.close()
-    lock.close()
 
 
 if __name__ == "__main__":
