@@ -1,15 +1,21 @@
-"""Measure every snapshot's samples: how many are copies, and how close they are to the train and held-out images.
+"""Measure every snapshot's samples: how many are copies, \
+and how close they are to the train and held-out images.
 
-    python measure.py runs/N16_w32_B16_lr2e-3_s0                            # copies only need pixels; so do toys
-    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features inception    # FID as everyone reports it
-    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features pixels       # where no weights can be had
+    # copies only need pixels; so do toys
+    python measure.py runs/N16_w32_B16_lr2e-3_s0
+    # FID as everyone reports it
+    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features inception
+    # where no weights can be had
+    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features pixels
 
-Writes metrics.csv (a row a snapshot), controls.csv (the same numbers on images known not to be, or to be, copies) and
-neighbours/STEP.npz (distances and indices of the two nearest training images, and the nearest ones to look at).
+Writes metrics.csv (a row a snapshot), controls.csv (the same numbers on images known not to be, or
+to be, copies) and neighbours/STEP.npz (distances and indices of the two nearest training images,
+and the nearest ones to look at).
 What is done is skipped. Distances are computed without TF32; the two nearest are exact.
 
-Equation numbers: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" is 1801.01401 (KID), "Kynkaanniemi" is 1904.06991
-(precision and recall), "Alaa" is 2102.08921 (AuthPct), "Yoon" is openreview shciCbSk9h (d1/d2 < 1/3).
+Equation numbers: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" is 1801.01401 (KID),
+"Kynkaanniemi" is 1904.06991 (precision and recall), "Alaa" is 2102.08921 (AuthPct), "Yoon" is
+openreview shciCbSk9h (d1/d2 < 1/3).
 """
 
 import argparse
@@ -36,8 +42,10 @@ from train import (
     write_csv,
 )
 
-THRESHOLDS = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2}      # of d1/d2; the literature's is 1/3
-DUPLICATE_RMS = 0.1         # training images closer than this, root mean square over pixels in [-1, 1], are one group
+# of d1/d2; the literature's is 1/3
+THRESHOLDS = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2}
+# training images closer than this, root mean square over pixels in [-1, 1], are one group
+DUPLICATE_RMS = 0.1
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
@@ -56,15 +64,16 @@ def exact_float32():
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Copies: the two nearest training images
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _screen(queries, references, center, k, exclude, groups):
-    """The k smallest of |r|^2 - 2 q.r for each query, in float32: values and indices (Q, k), and the largest |r|.
+    """The k smallest of |r|^2 - 2 q.r for each query, in float32.
 
-    All is measured from `center`, so that the numbers are small. One block of the product is in memory at a time.
+    Values and indices (Q, k), and the largest |r|. All is measured from `center`, so that the
+    numbers are small. One block of the product is in memory at a time.
     """
     best = torch.full((len(queries), k), math.inf, device=queries.device)
     index = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
@@ -78,7 +87,8 @@ def _screen(queries, references, center, k, exclude, groups):
             score = torch.addmm(r2.float(), queries[q], r.T, alpha=-2)              # (rows, block)
             if exclude is not None:
                 score.masked_fill_(groups[start:start + len(r)] == exclude[q, None], math.inf)
-            # Few blocks hold a new best: sort only rows where the smallest of the block beats the worst kept.
+            # Few blocks hold a new best: sort only rows where the smallest of the block beats the
+            # worst kept.
             value, where = score.topk(min(k, len(r)), dim=1, largest=False)
             value, order = torch.cat([best[q], value], 1).topk(k, dim=1, largest=False)
             best[q], index[q] = value, torch.cat([index[q], where + start], 1).gather(1, order)
@@ -88,12 +98,14 @@ def _screen(queries, references, center, k, exclude, groups):
 def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
     """The nearest reference of each query, and the nearest outside the group of that one.
 
-    queries (Q, ...), references (N, ...), float, the same shape but for the first. groups (N,) int64: references that
-    count as one image (default: each its own). exclude (Q,): the group that a query may not find (its own, say).
-    Returns Euclidean distances float64 (Q, 2) and indices int64 (Q, 2); ties go to the lower index; inf and -1 where
-    there is no second group. Exact: a matrix product in float32 picks the candidates, their distances are computed
-    anew from differences in float64, and where the product's rounding could have hidden a nearer one, more candidates
-    are taken, in the end all. Memory beyond the inputs: the queries once more, and about 200 MB.
+    queries (Q, ...), references (N, ...), float, the same shape but for the first. groups (N,)
+    int64: references that count as one image (default: each its own). exclude (Q,): the group that
+    a query may not find (its own, say).
+    Returns Euclidean distances float64 (Q, 2) and indices int64 (Q, 2); ties go to the lower index;
+    inf and -1 where there is no second group. Exact: a matrix product in float32 picks the
+    candidates, their distances are computed anew from differences in float64, and where the
+    product's rounding could have hidden a nearer one, more candidates are taken, in the end all.
+    Memory beyond the inputs: the queries once more, and about 200 MB.
     Raises InputError on a number that is not finite.
     """
     q, r = queries.flatten(1), references.flatten(1)
@@ -110,18 +122,20 @@ def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
             centered = (q[todo] - center).float()
             not_own = None if exclude is None else exclude[todo]
             score, index, largest = _screen(centered, r, center, k, not_own, groups)
-            index, order = index.sort(dim=1)                                # so that a tie goes to the lower index
+            index, order = index.sort(dim=1)                # so that a tie goes to the lower index
             score = score.gather(1, order)
-            exact = torch.cat([(q[rows, None].double() - r[i].double()).square().sum(2) for rows, i in zip(
-                todo.split(max(1, 2**24 // (k * q.shape[1]))), index.split(max(1, 2**24 // (k * q.shape[1]))))])
-            exact[score == math.inf] = math.inf                             # excluded, or fewer than k references
+            exact = torch.cat([
+                (q[rows, None].double() - r[i].double()).square().sum(2) for rows, i in zip(
+                    todo.split(max(1, 2**24 // (k * q.shape[1]))),
+                    index.split(max(1, 2**24 // (k * q.shape[1]))))])
+            exact[score == math.inf] = math.inf             # excluded, or fewer than k references
             first = exact.argmin(1, keepdim=True)
             outside = groups[index] != groups[index.gather(1, first)]
             second_distance = exact.masked_fill(~outside, math.inf)
             second = second_distance.argmin(1, keepdim=True)
             pair = torch.cat([exact.gather(1, first), second_distance.gather(1, second)], 1)
-            # A reference that was not picked scores at least max(score); the product's error is at most
-            # 2 (D + 8) u (|q| + |r|)^2 with u = 2^-24, so its distance^2 is at least `beyond`.
+            # A reference that was not picked scores at least max(score); the product's error is at
+            # most 2 (D + 8) u (|q| + |r|)^2 with u = 2^-24, so its distance^2 is at least `beyond`.
             norm = centered.double().square().sum(1)
             error = 2 * (q.shape[1] + 8) * 2**-24 * (norm.sqrt() + largest) ** 2
             beyond = score.double().amax(1) + norm - error
@@ -134,7 +148,10 @@ def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
 
 
 def copy_ratios(distances):
-    """d1/d2 of each query (Yoon; Bonnaire, arXiv 2505.17638): (Q, 2) -> (Q,) in [0, 1]; 1 where both are 0."""
+    """d1/d2 of each query (Yoon; Bonnaire, arXiv 2505.17638).
+
+    (Q, 2) -> (Q,) in [0, 1]; 1 where both are 0.
+    """
     d1, d2 = distances.double().unbind(1)
     return torch.where(d2 > 0, d1 / d2, torch.ones_like(d1))
 
@@ -147,9 +164,10 @@ def wilson(k, n, z=1.959964):
 
 
 def duplicate_groups(images, rms=DUPLICATE_RMS):
-    """Near-identical images as groups: (N, ...) float in [-1, 1] -> (N,) int64, the lowest index of each group.
+    """Near-identical images as groups.
 
-    Two images whose difference has a root mean square below `rms` are in one group, and so is what they link to.
+    (N, ...) float in [-1, 1] -> (N,) int64, the lowest index of each group. Two images whose
+    difference has a root mean square below `rms` are in one group, and so is what they link to.
     """
     x = images.flatten(1)
     limit, groups = rms**2 * x.shape[1], torch.arange(len(x), device=x.device)
@@ -159,8 +177,10 @@ def duplicate_groups(images, rms=DUPLICATE_RMS):
             a = x[i:i + 2048] - center
             for j in range(i, len(x), 2048):
                 b = x[j:j + 2048] - center
-                squared = torch.addmm(b.square().sum(1), a, b.T, alpha=-2) + a.square().sum(1)[:, None]
-                near = (squared < 1.01 * limit + 1e-3).nonzero() + torch.tensor([i, j], device=x.device)
+                squared = (torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
+                           + a.square().sum(1)[:, None])
+                near = ((squared < 1.01 * limit + 1e-3).nonzero()
+                        + torch.tensor([i, j], device=x.device))
                 pairs.append(near[near[:, 0] < near[:, 1]])
     for i, j in torch.cat(pairs).tolist():
         if (x[i].double() - x[j].double()).square().sum() < limit:
@@ -169,13 +189,16 @@ def duplicate_groups(images, rms=DUPLICATE_RMS):
     return groups
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fidelity: distances between two sets of feature vectors
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _factor(cov):
-    """F with F F^T = cov, for a positive semi-definite matrix (D, D): Cholesky, or eigenvectors if it is singular."""
+    """F with F F^T = cov, for a positive semi-definite matrix (D, D).
+
+    Cholesky, or eigenvectors if it is singular.
+    """
     factor, info = torch.linalg.cholesky_ex(cov)
     if info == 0:
         return factor
@@ -184,17 +207,22 @@ def _factor(cov):
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
-    """Frechet distance of two Gaussians, squared, as FID is: a number. Means (D,), covariances (D, D), computed in float64.
+    """Frechet distance of two Gaussians, squared, as FID is: a number.
 
-    |mean1 - mean2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))  (Heusel, eq. 6). Raises InputError: not finite, shapes.
+    Means (D,), covariances (D, D), computed in float64.
+    |mean1 - mean2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))  (Heusel, eq. 6). Raises InputError:
+    not finite, shapes.
     """
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(v, dtype=torch.float64) for v in (mean1, cov1, mean2, cov2))
-    if mean1.shape != mean2.shape or cov1.shape != cov2.shape or cov1.shape != (*mean1.shape, *mean1.shape):
-        raise InputError(f"frechet_distance: shapes {tuple(mean1.shape)}, {tuple(cov1.shape)}, {tuple(mean2.shape)}, "
-                         f"{tuple(cov2.shape)} do not fit")
+    mean1, cov1, mean2, cov2 = (torch.as_tensor(v, dtype=torch.float64)
+                                for v in (mean1, cov1, mean2, cov2))
+    if (mean1.shape != mean2.shape or cov1.shape != cov2.shape
+            or cov1.shape != (*mean1.shape, *mean1.shape)):
+        raise InputError(f"frechet_distance: shapes {tuple(mean1.shape)}, {tuple(cov1.shape)}, "
+                         f"{tuple(mean2.shape)}, {tuple(cov2.shape)} do not fit")
     if not all(v.isfinite().all() for v in (mean1, cov1, mean2, cov2)):
         raise InputError("frechet_distance: a mean or covariance is not finite")
-    # cov1 = F F^T; cov1 cov2 has the eigenvalues of F^T cov2 F, which is symmetric and needs no complex numbers.
+    # cov1 = F F^T; cov1 cov2 has the eigenvalues of F^T cov2 F, which is symmetric and needs no
+    # complex numbers.
     factor = _factor(cov1)
     eigenvalues = torch.linalg.eigvalsh(factor.T @ cov2 @ factor)
     root = eigenvalues.clamp(min=0).sqrt().sum()
@@ -208,15 +236,18 @@ def moments(x):
 
 
 def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0):
-    """Sliced 2-Wasserstein distance of two sets of as many vectors (n, D): a number, in the features' units.
+    """Sliced 2-Wasserstein distance of two sets of as many vectors (n, D).
 
-    (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections` random unit vectors theta, a function of the seed
-    (Bonneel 2015). W_2 in one dimension pairs the sorted values. Raises InputError where the counts differ.
+    A number, in the features' units: (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections`
+    random unit vectors theta, a function of the seed (Bonneel 2015). W_2 in one dimension pairs the
+    sorted values. Raises InputError where the counts differ.
     """
     if x.shape != y.shape or len(x) == 0:
-        raise InputError(f"sliced_wasserstein: shapes {tuple(x.shape)} and {tuple(y.shape)} must be equal")
+        raise InputError(f"sliced_wasserstein: shapes {tuple(x.shape)} and {tuple(y.shape)} "
+                         "must be equal")
     g = torch.Generator().manual_seed(seed)
-    theta = F.normalize(torch.randn(projections, x.shape[1], generator=g, dtype=torch.float64), dim=1).T.to(x.device)
+    theta = F.normalize(torch.randn(projections, x.shape[1], generator=g, dtype=torch.float64),
+                        dim=1).T.to(x.device)
     total = 0.0
     with exact_float32():
         for part in theta.split(256, dim=1):
@@ -226,10 +257,10 @@ def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0):
 
 
 def kernel_distance(x, y):
-    """KID: the unbiased squared MMD of two sets (n, D), (m, D) with kernel (x.y / D + 1)^3, and its standard error.
+    """KID: the unbiased squared MMD of two sets (n, D), (m, D), and its standard error.
 
-    Binkowski, eq. 4; the error is the delete-one jackknife's. (nan, nan) where a set has fewer than 2 vectors, and
-    no error (nan) where it has fewer than 3.
+    With kernel (x.y / D + 1)^3. Binkowski, eq. 4; the error is the delete-one jackknife's.
+    (nan, nan) where a set has fewer than 2 vectors, and no error (nan) where it has fewer than 3.
     """
     n, m = len(x), len(y)
     if min(n, m) < 2:
@@ -244,22 +275,26 @@ def kernel_distance(x, y):
     value = sx / (n * (n - 1)) + sy / (m * (m - 1)) - 2 * sxy / (n * m)
     if min(n, m) < 3:
         return float(value), math.nan
-    without_x = (sx - 2 * row_x) / ((n - 1) * (n - 2)) + sy / (m * (m - 1)) - 2 * (sxy - kxy.sum(1)) / ((n - 1) * m)
-    without_y = sx / (n * (n - 1)) + (sy - 2 * row_y) / ((m - 1) * (m - 2)) - 2 * (sxy - kxy.sum(0)) / (n * (m - 1))
-    variance = sum((len(w) - 1) / len(w) * (w - w.mean()).square().sum() for w in (without_x, without_y))
+    without_x = ((sx - 2 * row_x) / ((n - 1) * (n - 2)) + sy / (m * (m - 1))
+                 - 2 * (sxy - kxy.sum(1)) / ((n - 1) * m))
+    without_y = (sx / (n * (n - 1)) + (sy - 2 * row_y) / ((m - 1) * (m - 2))
+                 - 2 * (sxy - kxy.sum(0)) / (n * (m - 1)))
+    variance = sum((len(w) - 1) / len(w) * (w - w.mean()).square().sum()
+                   for w in (without_x, without_y))
     return float(value), float(variance.sqrt())
 
 
 def precision_recall(samples, real, k=3):
-    """Share of samples inside the real manifold, and of real vectors inside the samples' (Kynkaanniemi, eq. 1-3).
+    """Share of samples inside the real manifold, and of real vectors inside the samples'.
 
-    (n, D), (m, D). A manifold is the union of balls around its points, each reaching to the point's k-th nearest
-    other one. Both nan where a set has k vectors or fewer.
+    Kynkaanniemi, eq. 1-3. (n, D), (m, D). A manifold is the union of balls around its points, each
+    reaching to the point's k-th nearest other one. Both nan where a set has k vectors or fewer.
     """
     if min(len(samples), len(real)) <= k:
         return math.nan, math.nan
     def distances(a, b):
-        # Measured from the mean, in float64: rounding would let a point miss its own neighbour's ball.
+        # Measured from the mean, in float64: rounding would let a point miss its own neighbour's
+        # ball.
         a, b = a.double() - center, b.double() - center
         return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
     center = real.double().mean(0)
@@ -270,16 +305,17 @@ def precision_recall(samples, real, k=3):
             float((cross.T <= radius_samples).any(1).double().mean()))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Features
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def inception_net(state):
-    """The Inception v3 of FID, from a state dict: uint8-like images (B, 3, H, W) in [0, 1] -> features (B, 2048).
+    """The Inception v3 of FID, from a state dict.
 
-    torchvision's network, changed to what the 2015 TensorFlow graph computes: average pools that do not count the
-    padding, a max pool in the last block, 1,008 classes. Raises InputError where the weights are of another graph.
+    uint8-like images (B, 3, H, W) in [0, 1] -> features (B, 2048). torchvision's network, changed
+    to what the 2015 TensorFlow graph computes: average pools that do not count the padding, a max
+    pool in the last block, 1,008 classes. Raises InputError where the weights are of another graph.
     """
     from torchvision.models import inception as tv
 
@@ -291,8 +327,8 @@ def inception_net(state):
         return FIDBlock
     blocks = [tv.BasicConv2d, fid(tv.InceptionA), tv.InceptionB, fid(tv.InceptionC), tv.InceptionD,
               fid(tv.InceptionE), tv.InceptionAux]
-    net = tv.Inception3(num_classes=1008, aux_logits=False, transform_input=False, inception_blocks=blocks,
-                        init_weights=False, dropout=0.0)
+    net = tv.Inception3(num_classes=1008, aux_logits=False, transform_input=False,
+                        inception_blocks=blocks, init_weights=False, dropout=0.0)
     net.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, stride=1, padding=1)
     try:
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith("AuxLogits.")})
@@ -305,16 +341,18 @@ def inception_net(state):
 def load_weights(path=None):
     """The FID network's state dict and the first 8 hex digits of its file's SHA-256.
 
-    From `path`, or from pytorch-fid's GitHub release through torch.hub, which checks the hash and keeps the file.
-    Raises InputError where the file is missing, damaged, or cannot be fetched, saying what to fetch and where to.
+    From `path`, or from pytorch-fid's GitHub release through torch.hub, which checks the hash and
+    keeps the file. Raises InputError where the file is missing, damaged, or cannot be fetched,
+    saying what to fetch and where to.
     """
     place = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.split("/")[-1]
     if path is None:
         try:
-            torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False, map_location="cpu")
+            torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False,
+                                               map_location="cpu")
         except (OSError, RuntimeError) as error:            # no network, a full disk; a wrong hash
-            raise InputError(f"--features inception: the weights cannot be had ({error}); fetch {WEIGHTS_URL} to "
-                             f"{place}, or name the file with --weights") from None
+            raise InputError(f"--features inception: the weights cannot be had ({error}); fetch "
+                             f"{WEIGHTS_URL} to {place}, or name the file with --weights") from None
     path = Path(path or place)
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
@@ -322,10 +360,11 @@ def load_weights(path=None):
     except OSError as error:
         raise InputError(f"--weights {path}: {error.strerror}") from None
     except UNREADABLE as error:
-        raise InputError(f"--weights {path}: damaged or no state dict ({type(error).__name__})") from None
+        raise InputError(f"--weights {path}: damaged or no state dict "
+                         f"({type(error).__name__})") from None
     if digest not in WEIGHTS_URL:
-        print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not comparable",
-              flush=True)
+        print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not "
+              "comparable", flush=True)
     return state, digest
 
 
@@ -336,18 +375,26 @@ def pixel_features(images):
 
 @torch.inference_mode()
 def inception_features(net, images, batch=128):
-    """uint8 images (n, H, W, C) -> pool features float32 (n, 2048), as pytorch-fid 0.3.0 computes them."""
+    """uint8 images (n, H, W, C) -> pool features float32 (n, 2048).
+
+    As pytorch-fid 0.3.0 computes them.
+    """
     features = []
-    for part in tqdm(images.split(batch), desc="Inception", unit="batch", leave=False, disable=None):
+    for part in tqdm(images.split(batch), desc="Inception", unit="batch", leave=False,
+                     disable=None):
         x = part.permute(0, 3, 1, 2).float() / 255
-        x = F.interpolate(x.expand(-1, 3, -1, -1), size=(299, 299), mode="bilinear", align_corners=False)
+        x = F.interpolate(x.expand(-1, 3, -1, -1), size=(299, 299), mode="bilinear",
+                          align_corners=False)
         with exact_float32():
             features.append(net(2 * x - 1).float())
     return torch.cat(features)
 
 
 def cached(name, compute, *images):
-    """compute() -> dict of arrays, kept in data/cache under `name` and the content of the (uint8, tensor) images."""
+    """compute() -> dict of arrays, kept in data/cache.
+
+    Kept under `name` and the content of the (uint8, tensor) images.
+    """
     digest = hashlib.sha256(name.encode())
     for part in images:
         digest.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
@@ -359,21 +406,26 @@ def cached(name, compute, *images):
         return {key: torch.from_numpy(archive[key]).to(images[0].device) for key in archive.files}
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One run
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Subset:
-    """The training subset that copies are searched in: images in [-1, 1], groups of duplicates, and controls."""
+    """The training subset that copies are searched in.
+
+    Images in [-1, 1], groups of duplicates, and controls.
+    """
 
     def __init__(self, data, flip, device):
         self.train = torch.from_numpy(data.train_images).to(device)
         self.heldout = torch.from_numpy(data.test_images).to(device)
-        self.groups = cached(f"groups {DUPLICATE_RMS}", lambda: {"groups": duplicate_groups(to_float(self.train))},
+        self.groups = cached(f"groups {DUPLICATE_RMS}",
+                             lambda: {"groups": duplicate_groups(to_float(self.train))},
                              self.train)["groups"]
         if len(self.groups.unique()) < 2:
-            raise InputError("the training images are all near-duplicates of one another: d1/d2 has no meaning")
+            raise InputError("the training images are all near-duplicates of one another: d1/d2 "
+                             "has no meaning")
         self.pixels = pixel_features(self.train)
         self.search, self.search_groups = self.pixels, self.groups
         if flip:        # a mirrored copy is a copy, of the same group as its original
@@ -381,40 +433,57 @@ class Subset:
             self.search_groups = self.groups.repeat(2)
 
     def nearest(self, images, exclude=None):
-        """two_nearest of uint8 images among the subset; an index beyond n, of a mirrored image, is taken back."""
-        distances, indices = two_nearest(pixel_features(images), self.search, self.search_groups, exclude)
-        return {"distances": distances, "indices": torch.where(indices < 0, indices, indices % len(self.train))}
+        """two_nearest of uint8 images among the subset.
+
+        An index beyond n, of a mirrored image, is taken back.
+        """
+        distances, indices = two_nearest(pixel_features(images), self.search, self.search_groups,
+                                         exclude)
+        return {"distances": distances,
+                "indices": torch.where(indices < 0, indices, indices % len(self.train))}
 
     def controls(self):
-        """two_nearest of the held-out images, and of each training image among those of other groups; cached."""
+        """two_nearest of the held-out images, and of each training image.
+
+        The latter among those of other groups. Cached.
+        """
         flip = len(self.search) > len(self.pixels)
-        return {"heldout": cached(f"null {flip}", lambda: self.nearest(self.heldout), self.heldout, self.train),
-                "leave_one_out": cached(f"self {flip}", lambda: self.nearest(self.train, self.groups), self.train)}
+        return {"heldout": cached(f"null {flip}", lambda: self.nearest(self.heldout),
+                                  self.heldout, self.train),
+                "leave_one_out": cached(f"self {flip}",
+                                        lambda: self.nearest(self.train, self.groups), self.train)}
 
 
 def copying_row(found, groups):
-    """What neighbours (distances, indices) say of copying, as CSV columns: shares, intervals, and which are copied."""
+    """What neighbours (distances, indices) say of copying, as CSV columns.
+
+    Shares, intervals, and which are copied.
+    """
     ratios, row = copy_ratios(found["distances"]), {}
     n = len(ratios)
     for name, threshold in THRESHOLDS.items():
         k = int((ratios < threshold).sum())
         suffix = "" if name == "third" else f"_{name}"
-        row |= {f"copy_ratio{suffix}": k / n, **dict(zip((f"copy_low{suffix}", f"copy_high{suffix}"), wilson(k, n)))}
+        row |= {f"copy_ratio{suffix}": k / n,
+                **dict(zip((f"copy_low{suffix}", f"copy_high{suffix}"), wilson(k, n)))}
     copied = groups[found["indices"][ratios < THRESHOLDS["third"], 0]]
     counts = torch.bincount(copied) if len(copied) else torch.zeros(1)
     return row | {"distinct_copied": int((counts > 0).sum()), "most_copied": int(counts.max())}
 
 
 def fidelity_row(name, features, references):
-    """Distances in one feature space: features (n, D); references {"train": (N, D), "heldout": (M, D)}.
+    """Distances in one feature space.
 
-    Equal counts throughout: against each split, the first m = min(n, M) of the held-out images, and as many of the
-    training images, repeated in turn where there are fewer: m draws from what a perfect memorizer would show.
+    features (n, D); references {"train": (N, D), "heldout": (M, D)}. Equal counts throughout:
+    against each split, the first m = min(n, M) of the held-out images, and as many of the training
+    images, repeated in turn where there are fewer: m draws from what a perfect memorizer would
+    show.
     """
     row, m = {}, min(len(features), len(references["heldout"]))
     for split, reference in references.items():
         x, y = features[:m], reference[torch.arange(m, device=features.device) % len(reference)]
-        row[f"fid_{name}_{split}"] = frechet_distance(*moments(x), *moments(y)) if m > 1 else math.nan
+        row[f"fid_{name}_{split}"] = (frechet_distance(*moments(x), *moments(y)) if m > 1
+                                      else math.nan)
         row[f"kid_{name}_{split}"], row[f"kid_error_{name}_{split}"] = kernel_distance(x, y)
         row[f"sw_{name}_{split}"] = sliced_wasserstein(x[:SW_SAMPLES], y[:SW_SAMPLES])
         row[f"precision_{name}_{split}"], row[f"recall_{name}_{split}"] = precision_recall(x, y)
@@ -422,9 +491,13 @@ def fidelity_row(name, features, references):
 
 
 def auth_share(found, own):
-    """AuthPct as a share (Alaa, eq. 8): samples farther from their nearest training image than it is from its own
-    nearest. found: the samples' neighbours, own: the training images' (leave one out)."""
-    return float((found["distances"][:, 0] >= own["distances"][found["indices"][:, 0], 0]).double().mean())
+    """AuthPct as a share (Alaa, eq. 8).
+
+    Samples farther from their nearest training image than it is from its own nearest. found: the
+    samples' neighbours, own: the training images' (leave one out).
+    """
+    return float((found["distances"][:, 0] >= own["distances"][found["indices"][:, 0], 0])
+                 .double().mean())
 
 
 def parse(argv):
@@ -432,8 +505,8 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", type=Path, help="run folder, trained and sampled")
-    p.add_argument("--features", choices=("inception", "pixels"), help="space of FID, KID, sliced Wasserstein, "
-                   "precision and recall (inception; toy data: pixels)")
+    p.add_argument("--features", choices=("inception", "pixels"), help="space of FID, KID, sliced "
+                   "Wasserstein, precision and recall (inception; toy data: pixels)")
     p.add_argument("--weights", help="file of the FID Inception weights (downloaded)")
     p.add_argument("--num", type=int, help="samples a snapshot (all there are)")
     p.add_argument("--data", help="where the training images are, if not where train.py found them")
@@ -445,11 +518,15 @@ def parse(argv):
 
 
 def samples_of(run, name, num, shape, device):
-    """The first `num` samples of a snapshot, uint8 (num, H, W, C), and labels, checked; and a digest of them."""
+    """The first `num` samples of a snapshot, uint8 (num, H, W, C), and labels.
+
+    Checked; and a digest of them.
+    """
     path = run / f"samples/{name}.npz"
     images, labels, _ = read_samples(path)
     if images.dtype != np.uint8 or images.shape[1:] != tuple(shape) or not len(images):
-        raise InputError(f"{path}: {images.dtype} {images.shape}, must be uint8 (num, {', '.join(map(str, shape))})")
+        raise InputError(f"{path}: {images.dtype} {images.shape}, "
+                         f"must be uint8 (num, {', '.join(map(str, shape))})")
     if num and num > len(images):
         raise InputError(f"--num {num}: {path} holds only {len(images)}; run sample.py --num {num}")
     images, labels = images[:num], labels[:num]
@@ -465,22 +542,30 @@ def merge_rows(path, rows):
 
 @torch.inference_mode()
 def measure_snapshot(run, name, images, labels, subset, controls):
-    """The copying columns of one snapshot; keeps its neighbours, and the first 64 to look at, in neighbours/."""
+    """The copying columns of one snapshot.
+
+    Keeps its neighbours, and the first 64 to look at, in neighbours/.
+    """
     found = subset.nearest(images)
     ratios, nearest = copy_ratios(found["distances"]), found["indices"][:64, 0]
     write_atomic(run / f"neighbours/{name}.npz", lambda f: np.savez(
-        f, distances=found["distances"].cpu().numpy(), indices=found["indices"].cpu().numpy(), labels=labels,
-        ratios=ratios.cpu().numpy(), samples=images[:64].cpu().numpy(), nearest=subset.train[nearest].cpu().numpy()))
+        f, distances=found["distances"].cpu().numpy(), indices=found["indices"].cpu().numpy(),
+        labels=labels, ratios=ratios.cpu().numpy(), samples=images[:64].cpu().numpy(),
+        nearest=subset.train[nearest].cpu().numpy()))
     null = copying_row(controls["heldout"], subset.groups)
     return copying_row(found, subset.groups) | {
         "null_copy_ratio": null["copy_ratio"], "null_copy_high": null["copy_high"],
-        "null_copy_ratio_quarter": null["copy_ratio_quarter"], "null_copy_ratio_half": null["copy_ratio_half"],
+        "null_copy_ratio_quarter": null["copy_ratio_quarter"],
+        "null_copy_ratio_half": null["copy_ratio_half"],
         "auth_share": auth_share(found, controls["leave_one_out"])}
 
 
 @command_line
 def main(argv=None):
-    """Measure every snapshot that is not done; see the module's docstring. Raises SystemExit(2) on bad input."""
+    """Measure every snapshot that is not done; see the module's docstring.
+
+    Raises SystemExit(2) on bad input.
+    """
     args = parse(argv)
     run, device, record = args.run, pick_device(args.device), read_run(args.run)
     space = args.features or ("pixels" if record["options"]["data"] == "toy" else "inception")
@@ -492,15 +577,19 @@ def main(argv=None):
     data = load_subset(run, record, args.data)
     rows = {int(row["step"]): row for row in read_csv(run / "metrics.csv")}
     todo = [n for n in have if rows.get(int(n), {}).get("samples_digest") != drawn[n][2]
-            or rows[int(n)].get(f"weights_{space}") != digest or not (run / f"neighbours/{n}.npz").exists()]
-    print(f"{run}: {len(todo)} of {len(have)} snapshots to measure, {space} features, on {device}", flush=True)
+            or rows[int(n)].get(f"weights_{space}") != digest
+            or not (run / f"neighbours/{n}.npz").exists()]
+    print(f"{run}: {len(todo)} of {len(have)} snapshots to measure, {space} features, on {device}",
+          flush=True)
 
     subset = Subset(data, record["options"]["flip"], device)
     controls = subset.controls()
     if (run / "samples/exact.npz").exists():
-        controls["exact"] = subset.nearest(samples_of(run, "exact", None, record["image_shape"], device)[0])
+        controls["exact"] = subset.nearest(
+            samples_of(run, "exact", None, record["image_shape"], device)[0])
     write_csv(run / "controls.csv", [{"name": name, "images": len(found["distances"]),
-                                      **copying_row(found, subset.groups)} for name, found in controls.items()])
+                                      **copying_row(found, subset.groups)}
+                                     for name, found in controls.items()])
     if not todo:
         return
     if space == "inception":
@@ -509,20 +598,23 @@ def main(argv=None):
     def extract(images):
         return inception_features(net, images) if space == "inception" else pixel_features(images)
     most = max(len(images) for images, _, _ in drawn.values())
-    references = {split: cached(f"{space} {digest}", lambda i=images: {"features": extract(i)}, images)["features"]
-                  for split, images in (("train", subset.train[:most]), ("heldout", subset.heldout[:most]))}
+    references = {split: cached(f"{space} {digest}", lambda i=images: {"features": extract(i)},
+                                images)["features"]
+                  for split, images in (("train", subset.train[:most]),
+                                        ("heldout", subset.heldout[:most]))}
     for name in todo:
         images, labels, samples_digest = drawn[name]
         row = rows.get(int(name), {})
         if row.get("samples_digest") != samples_digest:
             row = {}
-        row = {"step": int(name), "images": int(name) * record["options"]["batch"], "samples": len(images),
-               "samples_digest": samples_digest} | row
+        row = {"step": int(name), "images": int(name) * record["options"]["batch"],
+               "samples": len(images), "samples_digest": samples_digest} | row
         row |= measure_snapshot(run, name, images, labels, subset, controls)
         row |= fidelity_row(space, extract(images), references) | {f"weights_{space}": digest}
         rows[int(name)] = row
         merge_rows(run / "metrics.csv", rows)
-        print(f"step {int(name):7d}  copies {row['copy_ratio']:.4f}  FID train {row[f'fid_{space}_train']:.2f}  "
+        print(f"step {int(name):7d}  copies {row['copy_ratio']:.4f}  "
+              f"FID train {row[f'fid_{space}_train']:.2f}  "
               f"held-out {row[f'fid_{space}_heldout']:.2f}", flush=True)
 
 

@@ -1,14 +1,20 @@
-"""Train one diffusion model on the first n images of a data set; loss, weights and log go to a run folder.
+"""Train one diffusion model on the first n images of a data set; \
+loss, weights and log go to a run folder.
 
-    python train.py --data toy --n 16 --size 8 --width 32 --mults 1 2 --blocks 1 --steps 2000   # a CPU, 2 min
-    python train.py --data data/cifar10.npz --n 2048 --width 32 --batch 64 --steps 20000        # any GPU
-    python train.py --data cifar10 --n 2048 --process flow --conditional --batch 16             # the study
+    # a CPU, 2 min
+    python train.py --data toy --n 16 --size 8 --width 32 --mults 1 2 --blocks 1 --steps 2000
+    # any GPU
+    python train.py --data data/cifar10.npz --n 2048 --width 32 --batch 64 --steps 20000
+    # the study
+    python train.py --data cifar10 --n 2048 --process flow --conditional --batch 16
 
-This file owns the data, the noise process, the U-Net and the checkpoints; sample.py and measure.py import from it.
+This file owns the data, the noise process, the U-Net and the checkpoints; sample.py and measure.py
+import from it.
 A run killed at any moment and started again with the same command ends with the same bits.
 
 The study: Marion & Wu, "Understanding diffusion models requires rethinking (again) generalization",
-arXiv 2605.06077. Equation numbers below: "Ho" is arXiv 2006.11239 (DDPM), "Liu" is arXiv 2209.03003 (rectified flow).
+arXiv 2605.06077. Equation numbers below: "Ho" is arXiv 2006.11239 (DDPM), "Liu" is arXiv
+2209.03003 (rectified flow).
 """
 
 import argparse
@@ -41,21 +47,26 @@ HELD_OUT = 5120                 # the study's held-out set: the first 5,120 test
 LEVELS = 10                     # the loss is also kept in ten equal slices of t
 # What numpy and torch raise on a file that is missing, cut short, damaged or of another format.
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
-              RuntimeError, NotImplementedError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
+              RuntimeError, NotImplementedError, pickle.UnpicklingError, zipfile.BadZipFile,
+              zlib.error)
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Errors and files
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message is one line that names the flag or file and what is wrong."""
+    """Something the user gave is wrong.
+
+    The message is one line that names the flag or file and what is wrong.
+    """
 
 
 def command_line(main):
-    """Decorate a script's main(argv): a failure that a user can mend ends it with one line on stderr.
+    """Decorate a script's main(argv).
 
-    Exit code 2 for bad input, 1 for a loss that is not finite or a file that cannot be written.
+    A failure that a user can mend ends it with one line on stderr. Exit code 2 for bad input, 1 for
+    a loss that is not finite or a file that cannot be written.
     """
     @functools.wraps(main)
     def wrapper(argv=None):
@@ -66,7 +77,8 @@ def command_line(main):
         except (FloatingPointError, OSError) as error:
             code, message = 1, f"error: {error}"
         except KeyboardInterrupt:
-            print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+            print("interrupted: the same command continues from the last checkpoint",
+                  file=sys.stderr)
             raise SystemExit(130) from None
         print(message, file=sys.stderr)
         raise SystemExit(code)
@@ -74,9 +86,10 @@ def command_line(main):
 
 
 def write_atomic(path, write):
-    """Call write(file) on a temporary file beside `path`, flush it to the disk, then move it into place.
+    """Call write(file) on a temporary file beside `path`, flush it to disk, move it into place.
 
-    A reader, a kill or a power cut sees the old file or the new one, never a part of it. Raises OSError.
+    A reader, a kill or a power cut sees the old file or the new one, never a part of it. Raises
+    OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,13 +130,16 @@ def write_json(path, value):
     write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Data(NamedTuple):
-    """A training subset and a held-out set, numpy arrays: images uint8 (n, S, S, C), labels int64 (n,)."""
+    """A training subset and a held-out set, numpy arrays.
+
+    Images uint8 (n, S, S, C), labels int64 (n,).
+    """
     train_images: np.ndarray
     train_labels: np.ndarray
     test_images: np.ndarray
@@ -131,25 +147,27 @@ class Data(NamedTuple):
 
 
 def toy_images(count, size, split):
-    """`count` toy pictures: one disc, square or triangle over a two-colour gradient, 15 random factors.
+    """`count` toy pictures: one disc, square or triangle over a two-colour gradient.
 
-    Returns images uint8 (count, size, size, 3) and labels int64 (count,): 0 disc, 1 square, 2 triangle.
-    Image i is the same whatever `count`; `split` 0 is training, 1 held-out. Drawn at 4x4 points a pixel.
+    15 random factors. Returns images uint8 (count, size, size, 3) and labels int64 (count,): 0
+    disc, 1 square, 2 triangle. Image i is the same whatever `count`; `split` 0 is training, 1
+    held-out. Drawn at 4x4 points a pixel.
     """
     factors = np.random.default_rng([2605, 6077, split]).random((count, 15))
     labels = (factors[:, 0] * 3).astype(np.int64)
-    fine = (np.arange(4 * size) + 0.5) / (4 * size) * 2 - 1             # [-1, 1], image coordinates
+    fine = (np.arange(4 * size) + 0.5) / (4 * size) * 2 - 1         # [-1, 1], image coordinates
     grid_y, grid_x = np.meshgrid(fine, fine, indexing="ij")
     images = np.empty((count, size, size, 3), np.uint8)
     for i, f in enumerate(factors):
-        x, y = grid_x - (f[1] - 0.5), grid_y - (f[2] - 0.5)             # centre within the middle half
+        x, y = grid_x - (f[1] - 0.5), grid_y - (f[2] - 0.5)         # centre within the middle half
         radius, turn = 0.3 + 0.3 * f[3], 2 * np.pi * f[4]
         x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
         inside = [x**2 + y**2 < radius**2,
-                  np.maximum(abs(x), abs(y)) < 0.886 * radius,          # the same area as the disc
+                  np.maximum(abs(x), abs(y)) < 0.886 * radius,      # the same area as the disc
                   np.maximum(-y, abs(x) * 0.866 + y * 0.5) < 0.778 * radius][labels[i]]
-        ramp = (np.cos(2 * np.pi * f[5]) * grid_x + np.sin(2 * np.pi * f[5]) * grid_y)[..., None] / 2.83 + 0.5
-        shape, start, end = f[6:9], f[9:12], f[12:15]                   # colours, RGB
+        ramp = (np.cos(2 * np.pi * f[5]) * grid_x
+                + np.sin(2 * np.pi * f[5]) * grid_y)[..., None] / 2.83 + 0.5
+        shape, start, end = f[6:9], f[9:12], f[12:15]               # colours, RGB
         picture = np.where(inside[..., None], shape, start + (end - start) * ramp)
         picture = picture.reshape(size, 4, size, 4, 3).mean((1, 3))
         images[i] = np.clip(picture * 255 + 0.5, 0, 255)
@@ -164,20 +182,26 @@ def _read_npz(path):
     except FileNotFoundError:
         raise InputError(f"--data {path}: no such file") from None
     except UNREADABLE as error:
-        raise InputError(f"--data {path}: not a readable .npz ({type(error).__name__}: {error})") from None
+        raise InputError(f"--data {path}: not a readable .npz "
+                         f"({type(error).__name__}: {error})") from None
     for key in Data._fields:
         if key not in arrays:
-            raise InputError(f"--data {path}: key {key!r} is missing (needs {', '.join(Data._fields)})")
+            raise InputError(f"--data {path}: key {key!r} is missing "
+                             f"(needs {', '.join(Data._fields)})")
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8:
             raise InputError(f"--data {path}: {split}_images is {images.dtype}, must be uint8")
         if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
-            raise InputError(f"--data {path}: {split}_images has shape {images.shape}, must be (N, S, S, 1 or 3)")
-        if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1] or (labels < 0).any():
-            raise InputError(f"--data {path}: {split}_labels must be {len(images)} whole numbers, 0 or more")
+            raise InputError(f"--data {path}: {split}_images has shape {images.shape}, "
+                             "must be (N, S, S, 1 or 3)")
+        if (not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]
+                or (labels < 0).any()):
+            raise InputError(f"--data {path}: {split}_labels must be {len(images)} whole numbers, "
+                             "0 or more")
         if len(images) < 2:
-            raise InputError(f"--data {path}: {split}_images holds {len(images)} images, needs at least 2")
+            raise InputError(f"--data {path}: {split}_images holds {len(images)} images, "
+                             "needs at least 2")
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
         raise InputError(f"--data {path}: train_images and test_images differ in shape")
     return Data(**arrays)
@@ -189,8 +213,8 @@ def _download_cifar10():
     try:
         train, test = (CIFAR10("data", train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
-        raise InputError(f"--data cifar10: download failed ({error}); fetch it elsewhere and pass --data FILE.npz "
-                         f"with keys {', '.join(Data._fields)}") from None
+        raise InputError(f"--data cifar10: download failed ({error}); fetch it elsewhere and pass "
+                         f"--data FILE.npz with keys {', '.join(Data._fields)}") from None
     return Data(train.data, np.array(train.targets), test.data, np.array(test.targets))
 
 
@@ -202,12 +226,15 @@ def resize(images, size):
 
 
 def load_data(name, n, size=None, offset=0):
-    """The training images offset .. offset+n of `name` and the first 5,120 test images (or all, if fewer).
+    """The training images offset .. offset+n of `name` and the first 5,120 test images.
 
-    name: "toy", "cifar10" or the path of an .npz file with keys train_images, train_labels, test_images,
-    test_labels (uint8 NHWC, square, 1 or 3 channels). size: area-average down to size x size (toy: drawn at that
-    size, 16 by default). Subsets are nested: the first k images do not depend on n.
-    Returns Data. Raises InputError on a missing or malformed file, or when there are not enough images.
+    All test images, if fewer.
+    name: "toy", "cifar10" or the path of an .npz file with keys train_images, train_labels,
+    test_images, test_labels (uint8 NHWC, square, 1 or 3 channels). size: area-average down to
+    size x size (toy: drawn at that size, 16 by default). Subsets are nested: the first k images do
+    not depend on n.
+    Returns Data. Raises InputError on a missing or malformed file, or when there are not enough
+    images.
     """
     if n < 2:
         raise InputError(f"--n {n}: needs at least 2 training images")
@@ -225,10 +252,13 @@ def load_data(name, n, size=None, offset=0):
     else:
         raise InputError(f"--data {name}: unknown; use toy, cifar10 or the path of an .npz file")
     if offset + n > len(data.train_images):
-        raise InputError(f"--n {n}: with --offset {offset}, {name} has only {len(data.train_images)} training images")
+        raise InputError(f"--n {n}: with --offset {offset}, {name} has only "
+                         f"{len(data.train_images)} training images")
     if size and size > data.train_images.shape[1]:
-        raise InputError(f"--size {size}: larger than the {data.train_images.shape[1]} pixels of {name}")
-    images, labels = data.train_images[offset:offset + n], data.train_labels[offset:offset + n].astype(np.int64)
+        raise InputError(f"--size {size}: larger than the {data.train_images.shape[1]} pixels "
+                         f"of {name}")
+    images, labels = (data.train_images[offset:offset + n],
+                      data.train_labels[offset:offset + n].astype(np.int64))
     held, held_labels = data.test_images[:HELD_OUT], data.test_labels[:HELD_OUT].astype(np.int64)
     if size and size < images.shape[1]:
         images, held = resize(images, size), resize(held, size)
@@ -236,7 +266,10 @@ def load_data(name, n, size=None, offset=0):
 
 
 def subset_hash(data):
-    """SHA-256 of the training images and labels: what a run was trained on, wherever it came from."""
+    """SHA-256 of the training images and labels.
+
+    What a run was trained on, wherever it came from.
+    """
     digest = hashlib.sha256(str(data.train_images.shape).encode())
     digest.update(np.ascontiguousarray(data.train_images))
     digest.update(np.ascontiguousarray(data.train_labels))
@@ -244,13 +277,16 @@ def subset_hash(data):
 
 
 def to_float(images):
-    """uint8 images (B, S, S, C) to float32 (B, C, S, S) in [-1, 1]; the memory stays NHWC (channels_last)."""
+    """uint8 images (B, S, S, C) to float32 (B, C, S, S) in [-1, 1].
+
+    The memory stays NHWC (channels_last).
+    """
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Noise processes: xt = a(t) x0 + s(t) eps, t in [0, 1]
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Process(NamedTuple):
@@ -270,21 +306,30 @@ class Process(NamedTuple):
         return (torch.floor(u * self.T) + 1) / self.T if self.T else u
 
     def times(self, steps):
-        """The sampler's times, steps + 1 of them from 1 down to 0, float64. Raises InputError if steps > T."""
+        """The sampler's times, steps + 1 of them from 1 down to 0, float64.
+
+        Raises InputError if steps > T.
+        """
         if steps < 1 or (self.T and steps > self.T):
             raise InputError(f"--sampling-steps {steps}: must be 1 to {self.T or 'any number'}")
         t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         return torch.round(t * self.T) / self.T if self.T else t
 
     def split(self, xt, prediction, a, s):
-        """x0 and eps from xt = a x0 + s eps and prediction = c x0 + d eps: two equations, two unknowns."""
+        """x0 and eps from xt = a x0 + s eps and prediction = c x0 + d eps.
+
+        Two equations, two unknowns.
+        """
         det = a * self.d - s * self.c
         return (self.d * xt - s * prediction) / det, (a * prediction - self.c * xt) / det
 
 
 @functools.lru_cache
 def _alpha_bar(device):
-    """alpha_bar_k = prod (1 - beta_i), i = 1 .. k, for k = 0 .. 1000 (Ho, section 4: beta linear, 1e-4 to .02)."""
+    """alpha_bar_k = prod (1 - beta_i), i = 1 .. k, for k = 0 .. 1000.
+
+    Ho, section 4: beta linear, 1e-4 to .02.
+    """
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)]).to(device)
 
@@ -296,7 +341,8 @@ def _ddpm(t):
 
 
 def _flow(t):
-    # Liu, eq. 1: the straight line from the image (t = 0) to the noise (t = 1); the velocity is eps - x0
+    # Liu, eq. 1: the straight line from the image (t = 0) to the noise (t = 1); the velocity is
+    # eps - x0
     return 1 - t, t
 
 
@@ -321,9 +367,9 @@ def diffusion_loss(net, process, x0, t, eps, labels=None):
     return (net(q_sample(process, x0, t, eps), t, labels) - target).square().mean((1, 2, 3))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # U-Net
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -333,20 +379,26 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x):                                                   # (B, C, H, W), channels_last
-        x = x.permute(0, 2, 3, 1)                                           # (B, H, W, C), a view
+    def forward(self, x):                                           # (B, C, H, W), channels_last
+        x = x.permute(0, 2, 3, 1)                                   # (B, H, W, C), a view
         return F.rms_norm(x, self.weight.shape, self.weight, 1e-6).permute(0, 3, 1, 2)
 
 
 def zero_init(layer):
-    """The layer with its weight and bias set to 0: a residual branch that starts as the identity."""
+    """The layer with its weight and bias set to 0.
+
+    A residual branch that starts as the identity.
+    """
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class Block(nn.Module):
-    """Residual block: two convolutions, the second modulated by the embedding; may halve or double the picture."""
+    """Residual block: two convolutions, the second modulated by the embedding.
+
+    May halve or double the picture.
+    """
 
     def __init__(self, i, o, embed, resample=None):
         super().__init__()
@@ -359,19 +411,23 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
 
     def forward(self, x, embedding):
-        h = F.silu(self.norm1(x))                                           # (B, i, H, W)
-        if self.resample == "down":                                         # (B, i, H/2, W/2)
+        h = F.silu(self.norm1(x))                                   # (B, i, H, W)
+        if self.resample == "down":                                 # (B, i, H/2, W/2)
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resample == "up":                                         # (B, i, 2H, 2W)
+        elif self.resample == "up":                                 # (B, i, 2H, 2W)
             h, x = F.interpolate(h, scale_factor=2.0), F.interpolate(x, scale_factor=2.0)
-        h = self.conv1(h)                                                   # (B, o, H, W)
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)     # (B, o, 1, 1) each
+        h = self.conv1(h)                                           # (B, o, H, W)
+        # (B, o, 1, 1) each
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
         return self.skip(x) + self.conv2(h)
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels; q and k normalised, with one learned scale; heads of 64 channels or fewer."""
+    """Self-attention over the pixels; q and k normalised, with one learned scale.
+
+    Heads of 64 channels or fewer.
+    """
 
     def __init__(self, d):
         super().__init__()
@@ -383,13 +439,15 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)                    # (B, H, W, 3C)
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)            # (B, H, W, 3C)
         qkv = qkv.reshape(B, H * W, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, HW, C/heads) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, HW, C/heads) each
         # With unit q and k, the logits lie in [-scale sqrt(C/heads), +scale sqrt(C/heads)].
         q = F.normalize(q, dim=-1) * (self.scale * (C // self.heads) ** 0.5)
-        h = F.scaled_dot_product_attention(q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v, scale=1.0)
-        h = h.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)       # (B, C, H, W), channels_last
+        h = F.scaled_dot_product_attention(q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v,
+                                           scale=1.0)
+        # (B, C, H, W), channels_last
+        h = h.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         return x + self.out(h)
 
 
@@ -406,23 +464,27 @@ class Layer(nn.Module):
 
 
 class UNet(nn.Module):
-    """The study's U-Net: 2,926,690 / 7,929,010 / 25,751,890 / 92,670,610 / 201,286,610 parameters at width
+    """The study's U-Net.
+
+    2,926,690 / 7,929,010 / 25,751,890 / 92,670,610 / 201,286,610 parameters at width
     16 / 32 / 64 / 128 / 192 with 10 classes.
 
-    width: channels of the first level; mults: the levels' multiples of it; blocks: residual blocks a level;
-    attention: the levels with self-attention (0 is full size; default: all but level 0; the middle always has it);
-    embed: size of the noise and class embedding; classes: 0 for an unconditional model; channels: of the images.
+    width: channels of the first level; mults: the levels' multiples of it; blocks: residual blocks
+    a level; attention: the levels with self-attention (0 is full size; default: all but level 0;
+    the middle always has it); embed: size of the noise and class embedding; classes: 0 for an
+    unconditional model; channels: of the images.
     Raises InputError where the heads do not divide a level's channels or a level does not exist.
     """
 
-    def __init__(self, width=128, mults=(1, 2, 4), blocks=3, attention=None, embed=512, classes=0, channels=3):
+    def __init__(self, width=128, mults=(1, 2, 4), blocks=3, attention=None, embed=512, classes=0,
+                 channels=3):
         super().__init__()
         attention = check_unet(width, mults, blocks, attention, embed)
         self.embed, self.classes, self.levels = embed, classes, len(mults)
         self.time = nn.Sequential(nn.Linear(embed, embed), nn.SiLU(), nn.Linear(embed, embed))
         self.label = nn.Embedding(classes, embed) if classes else None
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
-        d, stack = width, [width]                           # channels now; channels of the kept tensors
+        d, stack = width, [width]                       # channels now; channels of the kept tensors
         self.down = nn.ModuleList()
         for level, mult in enumerate(mults):
             for _ in range(blocks):
@@ -445,10 +507,13 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(d, channels, 3, padding=1))
 
     def forward(self, xt, t, labels=None):
-        """xt (B, C, S, S), t (B,) in [0, 1], labels int64 (B,) if conditional -> prediction (B, C, S, S)."""
+        """The prediction (B, C, S, S).
+
+        xt (B, C, S, S), t (B,) in [0, 1], labels int64 (B,) if conditional.
+        """
         half = self.embed // 2
         frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / half))
-        angle = 1000 * t[:, None] * frequency                               # (B, embed/2)
+        angle = 1000 * t[:, None] * frequency                       # (B, embed/2)
         embedding = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))     # (B, embed)
         if self.label is not None:
             embedding = embedding + self.label(labels)
@@ -488,13 +553,14 @@ def check_unet(width, mults, blocks, attention, embed):
 def check_size(size, mults):
     """Raise InputError unless pictures of size x size can be halved between the levels."""
     if size % 2 ** (len(mults) - 1):
-        raise InputError(f"--size {size}: {len(mults)} levels halve the picture {len(mults) - 1} times; "
-                         f"needs a multiple of {2 ** (len(mults) - 1)}")
+        raise InputError(f"--size {size}: {len(mults)} levels halve the picture {len(mults) - 1} "
+                         f"times; needs a multiple of {2 ** (len(mults) - 1)}")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Randomness: everything a step draws is a function of (seed, step), so there is no random state to save
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Randomness: everything a step draws is a function of (seed, step), so there is no random state to
+# save
+# --------------------------------------------------------------------------------------------------
 
 
 def generator(device, *key):
@@ -509,7 +575,10 @@ def _permutation(n, seed, epoch, device):
 
 
 def batch_indices(n, batch, seed, step, device="cpu"):
-    """The indices of the images of step 1, 2, ...: (batch,) int64. Each epoch visits every image once."""
+    """The indices of the images of step 1, 2, ...: (batch,) int64.
+
+    Each epoch visits every image once.
+    """
     first = (step - 1) * batch
     epochs = range(first // n, (first + batch - 1) // n + 1)
     order = torch.cat([_permutation(n, seed, epoch, device) for epoch in epochs])
@@ -716,7 +785,8 @@ def pick_device(name):
 def amp_dtype(device, amp="auto"):
     """torch.bfloat16, torch.float16 or None (no autocast), as --amp and the device say."""
     if amp == "auto":
-        amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = ("off" if device.type == "cpu"
+               else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
@@ -742,8 +812,9 @@ def setup_cuda():
 
 @torch.inference_mode()
 def evaluate(net, process, images, labels, count, amp="auto"):
-    """The loss over `count` images, repeated in turn where there are fewer: mean, and by level of t.
+    """The loss over `count` images: mean, and by level of t.
 
+    The images are repeated in turn where there are fewer.
     images uint8 (n, S, S, C), labels (n,) or None, on the net's device. Returns a number and
     (LEVELS,), the means in equal slices of t. Image i of every split, at every evaluation of every
     run, meets the same t and noise: differences come from the images and the weights alone.
