@@ -304,11 +304,10 @@ def plot_samples(run, path, images=8, columns=6):
     files = sorted((run.path / "neighbours").glob("[0-9]*.npz"))
     chosen = {*np.linspace(0, len(files) - 1, columns).round().astype(int)}
     files = [files[k] for k in sorted(chosen)]
-    figure, axes = plt.subplots(images, 2 * len(files), squeeze=False,
+    figure, axes = plt.subplots(images, 2 * len(files), squeeze=False, layout="none",
                                 figsize=(1.5 * len(files) + 0.3, 0.75 * images + 0.7),
-                                gridspec_kw={"wspace": 0.04, "hspace": 0.04})
-    figure.set_layout_engine("none")
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.9)
+                                gridspec_kw={"wspace": 0.04, "hspace": 0.04, "left": 0.01,
+                                             "right": 0.99, "bottom": 0.01, "top": 0.9})
     for column, file in enumerate(files):
         with np.load(file) as data:
             for row in range(images):

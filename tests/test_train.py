@@ -1,0 +1,406 @@
+"""train.py: data, noise processes, U-Net, training, resume, bad input."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from torch import nn
+
+import train
+from train import PROCESSES, UNet
+
+
+def columns(run, without=("images_per_second", "seconds")):
+    """The rows of log.csv without what depends on the machine's mood."""
+    with open(run / "log.csv") as file:
+        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
+
+
+def same_state(a, b):
+    """Whether two run folders end with the same bits."""
+    a, b = (torch.load(run / "last.pt", weights_only=True) for run in (a, b))
+    for part in ("net", "ema"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+    return a["step"] == b["step"]
+
+
+# --- Noise processes --------------------------------------------------------------------------------
+
+
+def test_ddpm_schedule_matches_its_product():
+    beta = np.linspace(1e-4, 0.02, 1000)
+    k = np.array([1, 2, 500, 1000])
+    a, s = PROCESSES["ddpm"].a_s(torch.tensor(k / 1000, dtype=torch.float32))
+    expected = np.array([np.prod(1 - beta[:i]) for i in k])
+    np.testing.assert_allclose(a.numpy() ** 2, expected, rtol=2e-6)
+    np.testing.assert_allclose(s.numpy() ** 2, 1 - expected, rtol=2e-6)
+
+
+def test_every_ddpm_time_finds_its_step_in_float32():
+    t = torch.arange(1001, dtype=torch.float32) / 1000
+    a, _ = PROCESSES["ddpm"].a_s(t)
+    assert (a[1:] < a[:-1]).all() and a[0] == 1
+
+
+def test_flow_is_a_straight_line():
+    a, s = PROCESSES["flow"].a_s(torch.tensor([0.0, 0.25, 1.0]))
+    assert a.tolist() == [1, 0.75, 0] and s.tolist() == [0, 0.25, 1]
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_split_undoes_q_sample(name):
+    process, g = PROCESSES[name], torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 4, 3, 8, 8, generator=g, dtype=torch.float64)
+    t = process.snap(torch.tensor([0.0, 0.3, 0.6, 0.99], dtype=torch.float64))
+    xt = train.q_sample(process, x0, t, eps)
+    a, s = (train.expand(v, xt) for v in process.a_s(t))
+    torch.testing.assert_close(xt, a * x0 + s * eps)
+    got = process.split(xt, process.c * x0 + process.d * eps, a, s)
+    torch.testing.assert_close(got[0], x0)
+    torch.testing.assert_close(got[1], eps)
+
+
+def test_loss_of_a_known_prediction():
+    class Zero(nn.Module):
+        def forward(self, xt, t, labels):
+            return torch.zeros_like(xt)
+    x0, eps = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 3, 4, 4), 2.0)
+    t = torch.tensor([0.5, 1.0])
+    assert train.diffusion_loss(Zero(), PROCESSES["ddpm"], x0, t, eps).tolist() == [4.0, 4.0]
+    assert train.diffusion_loss(Zero(), PROCESSES["flow"], x0, t, eps).tolist() == [2.25, 2.25]
+
+
+def test_ddpm_draws_every_time_equally():
+    t = PROCESSES["ddpm"].snap((torch.arange(5000) + 0.5) / 5000)
+    counts = torch.bincount(torch.round(t * 1000).long(), minlength=1001)
+    assert counts[0] == 0 and (counts[1:] == 5).all()
+
+
+# --- U-Net ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "parameters"), [
+    (16, 2_926_690), (32, 7_929_010), (64, 25_751_890), (128, 92_670_610), (192, 201_286_610)])
+def test_parameter_counts_are_the_studys(width, parameters):
+    with torch.device("meta"):
+        conditional, plain = UNet(width, classes=10), UNet(width)
+    assert sum(p.numel() for p in conditional.parameters()) == parameters
+    assert sum(p.numel() for p in plain.parameters()) == parameters - 5120
+
+
+def test_study_net_has_15_attentions_and_two_downsamplings():
+    with torch.device("meta"):
+        net = UNet(64)
+        assert sum(isinstance(m, train.Attention) for m in net.modules()) == 15
+        shapes = []
+        for m in net.modules():
+            if isinstance(m, train.Attention):
+                m.register_forward_hook(lambda m, i, o: shapes.append(o.shape[-1]))
+        assert net(torch.zeros(1, 3, 32, 32), torch.zeros(1)).shape == (1, 3, 32, 32)
+    assert sorted(shapes) == [8] * 8 + [16] * 7
+
+
+def shaken(net):
+    """The net with noise on every weight, so that nothing is at its zero initialisation."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return net
+
+
+@pytest.mark.parametrize(("channels", "classes", "attention"), [(3, 3, None), (1, 0, [0]), (3, 0, [])])
+def test_every_parameter_gets_a_finite_gradient(channels, classes, attention):
+    torch.manual_seed(0)
+    net = shaken(UNet(8, (1, 2), 1, attention, 16, classes, channels))
+    x = torch.randn(4, channels, 8, 8)
+    labels = torch.tensor([0, 1, 2, 0]) if classes else None
+    net(x, torch.rand(4), labels).square().mean().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+
+
+def test_output_depends_on_time_and_label_and_not_on_neighbours_in_the_batch():
+    torch.manual_seed(0)
+    net = shaken(UNet(8, (1, 2), 1, None, 16, 3)).eval()
+    x, t, y = torch.randn(4, 3, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        whole = net(x, t, y)
+        one_by_one = torch.cat([net(x[i:i + 1], t[i:i + 1], y[i:i + 1]) for i in range(4)])
+        torch.testing.assert_close(whole, one_by_one, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(whole, net(x, t.flip(0), y), atol=1e-4)
+        assert not torch.allclose(whole, net(x, t, (y + 1) % 3), atol=1e-4)
+
+
+def test_compiles_without_a_graph_break():
+    torch.manual_seed(0)
+    net = shaken(UNet(8, (1, 2), 1, None, 16, 3))
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 2])
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, t, y), net(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_runs_in_bfloat16_within_its_precision():
+    torch.manual_seed(0)
+    net = shaken(UNet(8, (1, 2), 1, None, 16))
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
+    with train.autocast(torch.device("cpu"), "bf16"):
+        half = net(x, t)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), net(x, t), rtol=0.05, atol=0.05)
+
+
+# --- Data -------------------------------------------------------------------------------------------
+
+
+def test_toy_subsets_are_nested_and_held_out_images_are_others():
+    small, large = train.load_data("toy", 8), train.load_data("toy", 32)
+    assert small.train_images.shape == (8, 16, 16, 3) and small.train_images.dtype == np.uint8
+    assert np.array_equal(small.train_images, large.train_images[:8])
+    assert np.array_equal(small.train_labels, large.train_labels[:8])
+    assert np.array_equal(small.test_images, large.test_images) and len(small.test_images) == 5120
+    assert not np.array_equal(small.train_images, small.test_images[:8])
+    assert np.array_equal(train.load_data("toy", 8, offset=8).train_images, large.train_images[8:16])
+    assert set(np.unique(train.load_data("toy", 200).train_labels)) == {0, 1, 2}
+
+
+def write_npz(path, n=10, size=8, channels=3, **change):
+    """A well-formed data file, with arrays replaced (or, if None, left out)."""
+    g = np.random.default_rng(0)
+    arrays = {}
+    for split in ("train", "test"):
+        arrays[f"{split}_images"] = g.integers(0, 256, (n, size, size, channels), np.uint8)
+        arrays[f"{split}_labels"] = g.integers(0, 4, n)
+    arrays = {k: v for k, v in {**arrays, **change}.items() if v is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def test_npz_subsets_and_area_average(tmp_path):
+    path = write_npz(tmp_path / "d.npz", channels=1)
+    data, half = train.load_data(str(path), 4), train.load_data(str(path), 4, size=4)
+    with np.load(path) as archive:
+        assert np.array_equal(data.train_images, archive["train_images"][:4])
+        assert np.array_equal(data.test_labels, archive["test_labels"])
+        mean = archive["train_images"][:4].reshape(4, 4, 2, 4, 2, 1).mean((2, 4))
+    assert half.train_images.shape == (4, 4, 4, 1)
+    assert np.abs(half.train_images - mean).max() <= 0.5
+
+
+def test_hash_names_the_subset(tmp_path):
+    path = write_npz(tmp_path / "d.npz")
+    one, other = (train.load_data(str(path), n) for n in (4, 5))
+    assert train.subset_hash(one) == train.subset_hash(train.load_data(str(path), 4))
+    assert train.subset_hash(one) != train.subset_hash(other)
+
+
+# --- Randomness -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "batch"), [(10, 4), (3, 16), (16, 16)])
+def test_every_epoch_visits_every_image_once(n, batch):
+    steps = n * batch // math.gcd(n, batch) // batch
+    seen = torch.cat([train.batch_indices(n, batch, 0, step) for step in range(1, steps + 1)])
+    assert all(sorted(epoch.tolist()) == list(range(n)) for epoch in seen.split(n))
+    if steps > 1:
+        assert not torch.equal(train.batch_indices(n, batch, 0, 1), train.batch_indices(n, batch, 1, 1))
+
+
+def test_step_noise_is_a_function_of_seed_and_step():
+    def draw(seed, step):
+        return train.step_noise(PROCESSES["ddpm"], (4, 3, 8, 8), seed, step)
+    torch.manual_seed(5)
+    first = draw(0, 3)
+    torch.randn(7)
+    assert all(torch.equal(a, b) for a, b in zip(first, draw(0, 3), strict=True))
+    assert not torch.equal(first[1], draw(0, 4)[1]) and not torch.equal(first[1], draw(1, 3)[1])
+
+
+def test_evaluation_steps_are_shared_by_runs_of_any_length():
+    short, long = train.evaluation_steps(700), train.evaluation_steps(5000)
+    assert short == [64, 91, 128, 181, 256, 362, 512, 700]
+    assert set(short) - {700} <= set(long) and long[-1] == 5000
+    assert train.evaluation_steps(10) == [10]
+
+
+# --- Training ---------------------------------------------------------------------------------------
+
+
+def test_run_folder_holds_what_it_should(tiny_run):
+    assert [int(r["step"]) for r in columns(tiny_run)] == [4, 6, 8, 11, 16]
+    row = columns(tiny_run)[-1]
+    levels = [float(row[f"train_loss_level{k}"]) for k in range(10)]
+    assert np.isclose(np.mean(levels), float(row["train_loss"]), rtol=1e-6)
+    assert int(row["images"]) == 64
+    record = json.loads((tiny_run / "args.json").read_text())
+    net = UNet(8, (1, 2), 1, None, 16)
+    assert record["parameters"] == sum(p.numel() for p in net.parameters())
+    assert record["subset_sha256"] == train.subset_hash(train.load_data("toy", 8, 8))
+    assert {p.stem for p in (tiny_run / "snapshots").glob("*.pt")} == {
+        "0000004", "0000006", "0000008", "0000011", "0000016"}
+
+
+def test_first_step_is_adam_and_a_warmed_up_average(tmp_path):
+    train.main([*TINY, "--steps", "1", "--lr", "0.01", "--out", str(tmp_path / "r")])
+    record, last = train.read_run(tmp_path / "r"), train.load_checkpoint(tmp_path / "r/last.pt")
+    start = train.build_net(record["options"], 3, 0).state_dict()
+    # Adam's first step is lr * g / (|g| + 1e-8), so lr where there is a gradient; the output layer has one.
+    moved = (last["net"]["conv_out.bias"] - start["conv_out.bias"]).abs()
+    torch.testing.assert_close(moved, torch.full((3,), 0.01), rtol=1e-3, atol=0)
+    for k, w0 in start.items():
+        torch.testing.assert_close(last["ema"][k], w0 + (1 - 2 / 11) * (last["net"][k] - w0))
+
+
+def test_evaluation_gives_equal_images_equal_losses():
+    net = shaken(UNet(8, (1, 2), 1, None, 16))
+    images = torch.from_numpy(train.load_data("toy", 5, 8).train_images)
+    once = train.evaluate(net, PROCESSES["ddpm"], images, None, 20)
+    again = train.evaluate(net, PROCESSES["ddpm"], images.repeat(2, 1, 1, 1), None, 20)
+    assert once[0] == again[0] and np.array_equal(once[1], again[1])
+
+
+def test_overfits_four_images(tmp_path):
+    train.main([*TINY, "--n", "4", "--width", "16", "--embed", "32", "--lr", "3e-3", "--steps", "300",
+                "--first-eval", "75", "--eval-images", "200", "--out", str(tmp_path / "r")])
+    rows = columns(tmp_path / "r")
+    train_loss, heldout_loss = (float(rows[-1][f"{s}_loss"]) for s in ("train", "heldout"))
+    assert train_loss < 0.08 and heldout_loss > 1.5 * train_loss
+    assert train_loss < 0.6 * float(rows[0]["train_loss"])
+
+
+@pytest.mark.parametrize("more", [[], ["--process", "flow", "--conditional", "--flip"]])
+def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, more):
+    train.main([*TINY, *more, "--steps", "12", "--out", str(tmp_path / "a")])
+    train.main([*TINY, *more, "--steps", "6", "--out", str(tmp_path / "b")])
+    train.main([*TINY, *more, "--steps", "12", "--out", str(tmp_path / "b")])
+    assert same_state(tmp_path / "a", tmp_path / "b")
+    assert columns(tmp_path / "a") == columns(tmp_path / "b")
+
+
+def test_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--steps", "80", "--save-minutes", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path / "a")], check=True, env=env, capture_output=True)
+    kills = 0
+    for wait in (0.0, 0.13, 0.31):
+        with subprocess.Popen([*command, "--out", str(tmp_path / "b")], env=env,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            before = (tmp_path / "b/last.pt").stat().st_mtime_ns if kills else 0
+            while process.poll() is None:           # until it has saved anew, then a moment more
+                if (tmp_path / "b/last.pt").exists() and (
+                        tmp_path / "b/last.pt").stat().st_mtime_ns > before:
+                    time.sleep(wait)
+                    process.send_signal(signal.SIGKILL)
+                    break
+                time.sleep(0.005)
+            kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    assert torch.load(tmp_path / "b/last.pt", weights_only=True)["step"] < 80
+    subprocess.run([*command, "--out", str(tmp_path / "b")], check=True, env=env, capture_output=True)
+    assert same_state(tmp_path / "a", tmp_path / "b")
+    assert columns(tmp_path / "a") == columns(tmp_path / "b")
+    for a in (tmp_path / "a/snapshots").iterdir():
+        a, b = (torch.load(f, weights_only=True)["ema"] for f in (a, tmp_path / "b/snapshots" / a.name))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_finished_run_says_so_and_does_nothing(tiny_run, capsys):
+    before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*.*") if p.name != ".lock"}
+    train.main([*TINY, "--steps", "16", "--out", str(tiny_run)])
+    assert "finished" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*.*") if p.name != ".lock"}
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good_state(tmp_path, refused):
+    run = tmp_path / "r"
+    train.main([*TINY, "--steps", "1", "--lr", "1e18", "--out", str(run)])
+    good = (run / "last.pt").read_bytes()
+    refused(train.main, [*TINY, "--steps", "9", "--lr", "1e18", "--out", run],
+            "step 2", "last good state, of step 1", code=1)
+    assert (run / "last.pt").read_bytes() == good
+
+
+# --- Names and bad input ----------------------------------------------------------------------------
+
+
+def test_run_names_tell_configurations_apart():
+    names = {train.run_name(train.parse(more)) for more in (
+        [], ["--n", "4096"], ["--lr", "5e-5"], ["--process", "flow"], ["--conditional"], ["--flip"],
+        ["--mults", "1", "2"], ["--offset", "2048"], ["--data", "toy"], ["--seed", "1"])}
+    assert "N2048_w128_B16_lr1e-4_s0" in names and len(names) == 10
+    assert "N2048_w128_B16_lr1e-4_s0_flow" in names
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["--n", "1"], ["--n 1"]),
+    (["--data", "cifar11"], ["--data cifar11", "unknown"]),
+    (["--data", "none.npz"], ["none.npz", "no such file"]),
+    (["--size", "9"], ["--size 9", "multiple of 2"]),
+    (["--size", "2"], ["--size 2"]),
+    (["--width", "48"], ["--width 48", "96"]),
+    (["--attention", "2"], ["--attention"]),
+    (["--embed", "15"], ["--embed 15"]),
+    (["--batch", "0"], ["--batch 0"]),
+    (["--lr", "nan"], ["--lr nan"]),
+    (["--steps", "4", "--images", "16"], ["--steps", "--images"]),
+    (["--eval-images", "5"], ["--eval-images 5"]),
+    (["--offset", "-1"], ["--offset -1"]),
+    (["--ema", "1"], ["--ema"]),
+    (["--device", "tpu"], ["--device tpu"]),
+    (["--device", "cuda:99"], ["--device cuda:99"]),
+])
+def test_bad_options_are_named_and_nothing_is_written(tmp_path, refused, more, words):
+    refused(train.main, [*TINY, *more, "--out", tmp_path / "r"], *words)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"test_labels": None}, ["test_labels", "missing"]),
+    ({"train_images": np.zeros((10, 8, 8, 3), np.float32)}, ["train_images", "float32"]),
+    ({"train_images": np.zeros((10, 8, 6, 3), np.uint8)}, ["train_images", "(10, 8, 6, 3)"]),
+    ({"train_images": np.zeros((10, 8, 8, 2), np.uint8)}, ["train_images", "(10, 8, 8, 2)"]),
+    ({"train_labels": np.zeros(9, np.int64)}, ["train_labels"]),
+    ({"train_labels": np.zeros(10)}, ["train_labels"]),
+    ({"test_images": np.zeros((10, 4, 4, 3), np.uint8)}, ["differ"]),
+])
+def test_bad_data_files_are_named(tmp_path, refused, change, words):
+    path = write_npz(tmp_path / "d.npz", **change)
+    refused(train.main, [*TINY, "--data", path, "--out", tmp_path / "r"], path, *words)
+    assert not (tmp_path / "r").exists()
+
+
+def test_more_images_than_there_are_and_a_file_cut_short(tmp_path, refused):
+    path = write_npz(tmp_path / "d.npz")
+    refused(train.main, [*TINY, "--data", path, "--n", "11", "--out", tmp_path / "r"], "--n 11", "10")
+    path.write_bytes(path.read_bytes()[:-500])
+    refused(train.main, [*TINY, "--data", path, "--out", tmp_path / "r"], path, "readable")
+
+
+def test_folders_that_are_refused(tmp_path, tiny_run, refused):
+    run = tmp_path / "r"
+    shutil.copytree(tiny_run, run)
+    before = (run / "last.pt").read_bytes()
+    refused(train.main, [*TINY, "--steps", "20", "--lr", "1e-3", "--out", run], run, "another lr")
+    (tmp_path / "file").write_text("x")
+    refused(train.main, [*TINY, "--out", tmp_path / "file/r"], "cannot be written")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/todo.txt").write_text("x")
+    refused(train.main, [*TINY, "--out", tmp_path / "notes"], "no args.json")
+    with train.claimed(run, train.read_run(run)):
+        refused(train.main, [*TINY, "--steps", "20", "--out", run], "another process")
+    assert (run / "last.pt").read_bytes() == before
+    (run / "last.pt").write_bytes(before[:1000])
+    refused(train.main, [*TINY, "--steps", "20", "--out", run], "last.pt", "damaged")
+    (run / "args.json").write_text("{")
+    refused(train.main, [*TINY, "--steps", "20", "--out", run], "args.json", "damaged")
