@@ -29,11 +29,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sample import load_subset, read_samples, snapshots
+from sample import exact_predictor, load_subset, read_samples, snapshots
 from train import (
+    PROCESSES,
     UNREADABLE,
     InputError,
     command_line,
+    evaluate,
     pick_device,
     read_csv,
     read_run,
@@ -47,6 +49,7 @@ THRESHOLDS = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2}
 # training images closer than this, root mean square over pixels in [-1, 1], are one group
 DUPLICATE_RMS = 0.1
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
+SSCD_THRESHOLD = 0.6        # the study's: a higher cosine similarity to a training image is a copy
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 
@@ -164,29 +167,34 @@ def wilson(k, n, z=1.959964):
 
 
 def duplicate_groups(images, rms=DUPLICATE_RMS):
-    """Near-identical images as groups.
+    """Near-identical images as groups: (N, ...) float -> (N,) int64, the lowest index of each.
 
-    (N, ...) float in [-1, 1] -> (N,) int64, the lowest index of each group. Two images whose
-    difference has a root mean square below `rms` are in one group, and so is what they link to.
+    Two images whose difference has a root mean square below `rms` are in one group, and so is what
+    they link to. Memory: a block of 2048 x 2048 and the pairs found.
     """
     x = images.flatten(1)
-    limit, groups = rms**2 * x.shape[1], torch.arange(len(x), device=x.device)
-    center, pairs = x[:4096].mean(0), []
+    # Equal images first: any number of them costs one sort, and they leave the search for pairs.
+    _, first, inverse = np.unique(x.cpu().numpy(), axis=0, return_index=True, return_inverse=True)
+    groups = torch.from_numpy(first[inverse.reshape(-1)])
+    kept = torch.from_numpy(np.sort(first))
+    unique = x[kept.to(x.device)]
+    limit, center, pairs = rms**2 * x.shape[1], unique[:4096].mean(0), []
     with exact_float32():
-        for i in range(0, len(x), 2048):
-            a = x[i:i + 2048] - center
-            for j in range(i, len(x), 2048):
-                b = x[j:j + 2048] - center
-                squared = (torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
-                           + a.square().sum(1)[:, None])
-                near = ((squared < 1.01 * limit + 1e-3).nonzero()
-                        + torch.tensor([i, j], device=x.device))
-                pairs.append(near[near[:, 0] < near[:, 1]])
-    for i, j in torch.cat(pairs).tolist():
-        if (x[i].double() - x[j].double()).square().sum() < limit:
+        for i in range(0, len(unique), 2048):
+            a = unique[i:i + 2048] - center
+            for j in range(i, len(unique), 2048):
+                b = unique[j:j + 2048] - center
+                squared = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
+                squared += a.square().sum(1)[:, None]
+                near = (squared < 1.01 * limit + 1e-3).nonzero()    # a rough net; exact below
+                near += torch.tensor([i, j], device=x.device)
+                pairs += near[near[:, 0] < near[:, 1]].split(4096)
+    for pair in pairs:
+        difference = unique[pair[:, 0]].double() - unique[pair[:, 1]].double()
+        for i, j in kept[pair[difference.square().sum(1) < limit].cpu()].tolist():
             low, high = sorted((int(groups[i]), int(groups[j])))
             groups[groups == high] = low
-    return groups
+    return groups.to(x.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,29 +243,50 @@ def moments(x):
     return x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1])
 
 
-def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0):
-    """Sliced 2-Wasserstein distance of two sets of as many vectors (n, D).
+def _project(x, y, projections, seed):
+    """x and y (n, D) on random unit vectors: float64 (projections, n) each, a block at a time."""
+    g = torch.Generator().manual_seed(seed)
+    theta = torch.randn(projections, x.shape[1], generator=g, dtype=torch.float64)
+    for part in F.normalize(theta, dim=1).to(x.device).split(256):
+        yield part @ x.double().T, part @ y.double().T
 
-    A number, in the features' units: (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections`
-    random unit vectors theta, a function of the seed (Bonneel 2015). W_2 in one dimension pairs the
-    sorted values. Raises InputError where the counts differ.
+
+def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0):
+    """Sliced 2-Wasserstein distance of two sets of as many vectors (n, D): in the features' units.
+
+    (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections` random unit vectors theta, a function
+    of the seed (Bonneel 2015). W_2 in one dimension pairs the sorted values. Raises InputError
+    where the counts differ.
+    """
+    return sliced_wasserstein_error(x, y, projections, seed, groups=0)[0]
+
+
+def sliced_wasserstein_error(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
+    """sliced_wasserstein and its standard error, by the jackknife over `groups` tenths of the data.
+
+    The jackknife, not the bootstrap: an empirical W_2 shrinks with n, and drawing with replacement
+    has fewer different points, while leaving a tenth out hardly changes n. nan for n < groups.
     """
     if x.shape != y.shape or len(x) == 0:
         raise InputError(f"sliced_wasserstein: shapes {tuple(x.shape)} and {tuple(y.shape)} "
                          "must be equal")
-    g = torch.Generator().manual_seed(seed)
-    theta = F.normalize(torch.randn(projections, x.shape[1], generator=g, dtype=torch.float64),
-                        dim=1).T.to(x.device)
-    total = 0.0
-    with exact_float32():
-        for part in theta.split(256, dim=1):
-            difference = (x.double() @ part).sort(0).values - (y.double() @ part).sort(0).values
-            total += float(difference.square().mean(0).sum())
-    return math.sqrt(total / projections)
+    member = torch.arange(len(x), device=x.device) % max(groups, 1)
+    keeps = [member != k for k in range(groups)] if len(x) >= max(groups, 1) else []
+    total, without = 0.0, torch.zeros(len(keeps), dtype=torch.float64)
+    for a, b in _project(x, y, projections, seed):
+        total += float((a.sort(1).values - b.sort(1).values).square().mean(1).sum())
+        for k, keep in enumerate(keeps):
+            difference = a[:, keep].sort(1).values - b[:, keep].sort(1).values
+            without[k] += difference.square().mean(1).sum().cpu()
+    without = (without / projections).sqrt()
+    error = math.nan
+    if len(keeps) > 1:
+        error = float(((groups - 1) / groups * (without - without.mean()).square().sum()).sqrt())
+    return math.sqrt(total / projections), error
 
 
 def kernel_distance(x, y):
-    """KID: the unbiased squared MMD of two sets (n, D), (m, D), and its standard error.
+    """KID, the unbiased squared MMD of two sets (n, D), (m, D), and its standard error.
 
     With kernel (x.y / D + 1)^3. Binkowski, eq. 4; the error is the delete-one jackknife's.
     (nan, nan) where a set has fewer than 2 vectors, and no error (nan) where it has fewer than 3.
@@ -267,18 +296,26 @@ def kernel_distance(x, y):
         return math.nan, math.nan
     x, y = x.double(), y.double()
 
-    def kernel(a, b):
-        return (a @ b.T / x.shape[1] + 1) ** 3
-    kx, ky, kxy = kernel(x, x), kernel(y, y), kernel(x, y)
-    row_x, row_y = kx.sum(1) - kx.diagonal(), ky.sum(1) - ky.diagonal()
-    sx, sy, sxy = row_x.sum(), row_y.sum(), kxy.sum()
+    def sums(a, b):
+        """Row sums and column sums of the kernel matrix, a block of rows at a time."""
+        rows, columns = [], 0
+        for part in a.split(1024):
+            k = (part @ b.T / x.shape[1] + 1) ** 3
+            rows.append(k.sum(1))
+            columns = columns + k.sum(0)
+        return torch.cat(rows), columns
+
+    def own(a):
+        return (a.square().sum(1) / x.shape[1] + 1) ** 3
+    row_x, row_y, (xy, yx) = sums(x, x)[0] - own(x), sums(y, y)[0] - own(y), sums(x, y)
+    sx, sy, sxy = row_x.sum(), row_y.sum(), xy.sum()
     value = sx / (n * (n - 1)) + sy / (m * (m - 1)) - 2 * sxy / (n * m)
     if min(n, m) < 3:
         return float(value), math.nan
     without_x = ((sx - 2 * row_x) / ((n - 1) * (n - 2)) + sy / (m * (m - 1))
-                 - 2 * (sxy - kxy.sum(1)) / ((n - 1) * m))
+                 - 2 * (sxy - xy) / ((n - 1) * m))
     without_y = (sx / (n * (n - 1)) + (sy - 2 * row_y) / ((m - 1) * (m - 2))
-                 - 2 * (sxy - kxy.sum(0)) / (n * (m - 1)))
+                 - 2 * (sxy - yx) / (n * (m - 1)))
     variance = sum((len(w) - 1) / len(w) * (w - w.mean()).square().sum()
                    for w in (without_x, without_y))
     return float(value), float(variance.sqrt())
@@ -292,17 +329,22 @@ def precision_recall(samples, real, k=3):
     """
     if min(len(samples), len(real)) <= k:
         return math.nan, math.nan
-    def distances(a, b):
-        # Measured from the mean, in float64: rounding would let a point miss its own neighbour's
-        # ball.
-        a, b = a.double() - center, b.double() - center
-        return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+    # From the mean, in float64: rounding would let a point miss its own neighbour's ball.
     center = real.double().mean(0)
-    radius_real = distances(real, real).kthvalue(k + 1, dim=1).values
-    radius_samples = distances(samples, samples).kthvalue(k + 1, dim=1).values
-    cross = distances(samples, real)
-    return (float((cross <= radius_real).any(1).double().mean()),
-            float((cross.T <= radius_samples).any(1).double().mean()))
+    samples, real = samples.double() - center, real.double() - center
+
+    def squared(a, b):
+        """Squared distances of rows, a block of rows of `a` at a time."""
+        for part in a.split(1024):
+            yield (part.square().sum(1)[:, None] + b.square().sum(1) - 2 * part @ b.T).clamp(min=0)
+
+    def radii(a):
+        return torch.cat([d.kthvalue(k + 1, dim=1).values for d in squared(a, a)])
+
+    def inside(a, b):
+        radius = radii(b)
+        return torch.cat([(d <= radius).any(1) for d in squared(a, b)]).double().mean()
+    return float(inside(samples, real)), float(inside(real, samples))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -390,6 +432,48 @@ def inception_features(net, images, batch=128):
     return torch.cat(features)
 
 
+def load_space(space, weights, device):
+    """A feature space: (uint8 images (n, H, W, C) -> features (n, D), digest of its weights)."""
+    if space == "pixels":
+        return pixel_features, "none"
+    state, digest = load_weights(weights)
+    net = inception_net(state).to(device)
+    return lambda images: inception_features(net, images), digest
+
+
+def load_sscd(path, device):
+    """An SSCD model from its TorchScript file, as load_space gives a space; features of length 1.
+
+    Preprocessed as its authors' "small 288" transform does. Raises InputError: missing, damaged.
+    """
+    try:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+        net = torch.jit.load(path, map_location=device).eval()
+    except OSError as error:
+        raise InputError(f"--sscd {path}: {error.strerror}") from None
+    except UNREADABLE as error:
+        raise InputError(f"--sscd {path}: no TorchScript file ({type(error).__name__})") from None
+    mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1)
+                 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    @torch.inference_mode()
+    def features(images, batch=128):
+        found = []
+        for part in tqdm(images.split(batch), desc="SSCD", unit="batch", leave=False, disable=None):
+            x = part.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1) / 255
+            x = F.interpolate(x, size=(288, 288), mode="bilinear", align_corners=False)
+            with exact_float32():
+                found.append(F.normalize(net((x - mean) / std).float(), dim=1))
+        return torch.cat(found)
+    return features, digest
+
+
+def features_of(space, spaces, images):
+    """Features of real images, cached by content: they do not change from snapshot to snapshot."""
+    extract, digest = spaces[space]
+    return cached(f"{space} {digest}", lambda: {"features": extract(images)}, images)["features"]
+
+
 def cached(name, compute, *images):
     """compute() -> dict of arrays, kept in data/cache.
 
@@ -443,9 +527,9 @@ class Subset:
                 "indices": torch.where(indices < 0, indices, indices % len(self.train))}
 
     def controls(self):
-        """two_nearest of the held-out images, and of each training image.
+        """Neighbours of images that are no copies, cached: held-out, and training left out.
 
-        The latter among those of other groups. Cached.
+        The latter searches each training image among those of other groups.
         """
         flip = len(self.search) > len(self.pixels)
         return {"heldout": cached(f"null {flip}", lambda: self.nearest(self.heldout),
@@ -457,57 +541,175 @@ class Subset:
 def copying_row(found, groups):
     """What neighbours (distances, indices) say of copying, as CSV columns.
 
-    Shares, intervals, and which are copied.
+    The share of copies at each threshold with its interval; how many different training images
+    (groups) are copied at 1/3, and how often the most copied one is.
     """
     ratios, row = copy_ratios(found["distances"]), {}
     n = len(ratios)
     for name, threshold in THRESHOLDS.items():
-        k = int((ratios < threshold).sum())
-        suffix = "" if name == "third" else f"_{name}"
-        row |= {f"copy_ratio{suffix}": k / n,
-                **dict(zip((f"copy_low{suffix}", f"copy_high{suffix}"), wilson(k, n)))}
+        k, suffix = int((ratios < threshold).sum()), "" if name == "third" else f"_{name}"
+        low, high = wilson(k, n)
+        row |= {f"copy_ratio{suffix}": k / n, f"copy_low{suffix}": low, f"copy_high{suffix}": high}
     copied = groups[found["indices"][ratios < THRESHOLDS["third"], 0]]
     counts = torch.bincount(copied) if len(copied) else torch.zeros(1)
     return row | {"distinct_copied": int((counts > 0).sum()), "most_copied": int(counts.max())}
 
 
+def auth_share(found, own):
+    """AuthPct, as a share (Alaa, eq. 8): samples farther from their nearest training image than
+    that one is from its own nearest. found: the samples' neighbours, own: the training images'."""
+    nearest = own["distances"][found["indices"][:, 0], 0]
+    return float((found["distances"][:, 0] >= nearest).double().mean())
+
+
 def fidelity_row(name, features, references):
-    """Distances in one feature space.
+    """Distances in one feature space, as CSV columns.
 
     features (n, D); references {"train": (N, D), "heldout": (M, D)}. Equal counts throughout:
     against each split, the first m = min(n, M) of the held-out images, and as many of the training
-    images, repeated in turn where there are fewer: m draws from what a perfect memorizer would
-    show.
+    images, repeated in turn where there are fewer: m draws from what a perfect memorizer shows.
+    FID is biased in m, so it has no interval: compare it at equal m only.
     """
     row, m = {}, min(len(features), len(references["heldout"]))
     for split, reference in references.items():
         x, y = features[:m], reference[torch.arange(m, device=features.device) % len(reference)]
-        row[f"fid_{name}_{split}"] = (frechet_distance(*moments(x), *moments(y)) if m > 1
-                                      else math.nan)
-        row[f"kid_{name}_{split}"], row[f"kid_error_{name}_{split}"] = kernel_distance(x, y)
-        row[f"sw_{name}_{split}"] = sliced_wasserstein(x[:SW_SAMPLES], y[:SW_SAMPLES])
-        row[f"precision_{name}_{split}"], row[f"recall_{name}_{split}"] = precision_recall(x, y)
+        end = f"{name}_{split}"
+        row[f"fid_{end}"] = frechet_distance(*moments(x), *moments(y)) if m > 1 else math.nan
+        row[f"kid_{end}"], row[f"kid_error_{end}"] = kernel_distance(x, y)
+        row[f"sw_{end}"], row[f"sw_error_{end}"] = sliced_wasserstein_error(
+            x[:SW_SAMPLES], y[:SW_SAMPLES])
+        row[f"precision_{end}"], row[f"recall_{end}"] = precision_recall(x, y)
     return row
 
 
-def auth_share(found, own):
-    """AuthPct as a share (Alaa, eq. 8).
+def similarity_row(features, train, heldout):
+    """The study's memorization score and its null, from unit SSCD features (n, D), as CSV columns.
 
-    Samples farther from their nearest training image than it is from its own nearest. found: the
-    samples' neighbours, own: the training images' (leave one out).
+    The share whose highest cosine similarity to a training image exceeds .6.
     """
-    return float((found["distances"][:, 0] >= own["distances"][found["indices"][:, 0], 0])
-                 .double().mean())
+    row = {}
+    for name, x in (("sscd", features), ("null_sscd", heldout)):
+        with exact_float32():
+            highest = torch.cat([(part @ train.T).amax(1) for part in x.split(1024)])
+        k = int((highest > SSCD_THRESHOLD).sum())
+        row |= dict(zip((f"{name}_ratio", f"{name}_low", f"{name}_high"),
+                        (k / len(x), *wilson(k, len(x))), strict=True))
+    return row
+
+
+@torch.inference_mode()
+def loss_floor(process, images, labels, count):
+    """The loss of the exact denoiser on its own images, in slices of t: as train.evaluate gives it.
+
+    images uint8 (n, S, S, C), labels (n,) or None. The perfect memorizer's: no network has less.
+    """
+    known = to_float(images).contiguous()
+
+    def net(xt, t, wanted):
+        return exact_predictor(process, known, None if labels is None else (labels, wanted))(xt, t)
+    return evaluate(net, process, images, labels, count)[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Planted copies, twins
+# --------------------------------------------------------------------------------------------------
+
+
+def plant(images):
+    """What a copy may look like: {name: uint8 images}, made of the training images (n, S, S, C)."""
+    g = torch.Generator().manual_seed(0)
+    x = to_float(images)
+
+    def back(y):
+        return ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    noise = torch.randn(x.shape, generator=g).to(x.device)
+    gain, shift = (torch.rand(2, len(x), x.shape[1], 1, 1, generator=g) - 0.5).to(x.device)
+    planted = {"exact": images}
+    planted |= {f"noise rms {rms:.2f}": back(x + rms * noise) for rms in (0.05, 0.1, 0.15, 0.2)}
+    return planted | {"mirrored": images.flip(2), "shifted by 1 pixel": images.roll(1, 2),
+                      "recoloured": back(x * (1 + 0.4 * gain) + 0.4 * shift)}
+
+
+def planted_rows(subset, controls, score):
+    """A row for each kind of planted copy, and held-out images: what each measure catches."""
+    kinds = plant(subset.train[:1024]) | {"held-out images": subset.heldout}
+    rows = []
+    for name, images in kinds.items():
+        found = subset.nearest(images)
+        row = copying_row(found, subset.groups)
+        rows.append({"planted": name, **{k: row[k] for k in row if k.startswith("copy_ratio")},
+                     "not_authentic": 1 - auth_share(found, controls["leave_one_out"])})
+        if score:
+            rows[-1]["sscd_ratio"] = score(images)["sscd_ratio"]
+    return rows
+
+
+def twin_row(images, twins, subset, twin_subset):
+    """How two models trained on disjoint images agree on the same noise (Kadkhodaie, figure 2).
+
+    images, twins uint8 (n, S, S, C), sample i of each from the same noise. Distances are root mean
+    squares over pixels in [-1, 1]. agreement: the share of pairs closer to each other than either
+    is to its own nearest training image: what copying alone cannot bring about.
+    """
+    x, y = pixel_features(images), pixel_features(twins)
+    scale = x.shape[1] ** -0.5
+    between = (x.double() - y.double()).norm(dim=1) * scale
+    own = subset.nearest(images)["distances"][:, 0] * scale
+    other = twin_subset.nearest(twins)["distances"][:, 0] * scale
+    k = int((between < torch.minimum(own, other)).sum())
+    low, high = wilson(k, len(x))
+    return {"samples": len(x), "agreement": k / len(x), "agreement_low": low,
+            "agreement_high": high, "twin_rms": float(between.median()),
+            "nearest_train_rms": float(own.median()),
+            "twin_nearest_train_rms": float(other.median())}
+
+
+def measure_twin(run, twin, record, data, args, device):
+    """twin_NAME.csv in `run`: twin_row at each step that both runs have samples of."""
+    other = read_run(twin)
+    other_data = load_subset(twin, other, args.data)
+    shared = set.intersection(*({x.tobytes() for x in d.train_images} for d in (data, other_data)))
+    if shared:
+        raise InputError(f"--twin {twin}: the two training sets share {len(shared)} images; train "
+                         f"one with --offset {record['options']['n']}")
+    steps = [f"{s:07d}" for s in snapshots(run) if all(
+        (r / f"samples/{s:07d}.npz").exists() for r in (run, twin))]
+    if not steps:
+        raise InputError(f"--twin {twin}: no step has samples in both runs")
+    subsets = [Subset(d, r["options"]["flip"], device)
+               for d, r in ((data, record), (other_data, other))]
+    rows = []
+    for name in steps:
+        settings = [read_samples(r / f"samples/{name}.npz")[2] for r in (run, twin)]
+        if settings[0] != settings[1]:
+            raise InputError(f"--twin {twin}: samples/{name}.npz was made with other settings")
+        pair = [samples_of(r, name, args.num, record["image_shape"], device)[0]
+                for r in (run, twin)]
+        count = min(map(len, pair))
+        rows.append({"step": int(name), **twin_row(pair[0][:count], pair[1][:count], *subsets)})
+    write_csv(run / f"twin_{twin.name}.csv", rows)
+    print(f"{run}/twin_{twin.name}.csv: {len(rows)} steps; at the last, agreement "
+          f"{rows[-1]['agreement']:.3f}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
 
 
 def parse(argv):
-    """The options."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+    """The options. Raises InputError on values that make no sense."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", type=Path, help="run folder, trained and sampled")
     p.add_argument("--features", choices=("inception", "pixels"), help="space of FID, KID, sliced "
                    "Wasserstein, precision and recall (inception; toy data: pixels)")
     p.add_argument("--weights", help="file of the FID Inception weights (downloaded)")
+    p.add_argument("--sscd", help="TorchScript file of an SSCD model: adds the study's own score")
+    p.add_argument("--twin", type=Path, help="run trained on other images (--offset): compare the "
+                   "two models' samples from the same noise, into twin_NAME.csv")
+    p.add_argument("--planted", action="store_true", help="measure planted copies of the training "
+                   "images, into planted.csv: what each measure of copying catches")
     p.add_argument("--num", type=int, help="samples a snapshot (all there are)")
     p.add_argument("--data", help="where the training images are, if not where train.py found them")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
@@ -542,76 +744,93 @@ def merge_rows(path, rows):
 
 @torch.inference_mode()
 def measure_snapshot(run, name, images, labels, subset, controls):
-    """The copying columns of one snapshot.
-
-    Keeps its neighbours, and the first 64 to look at, in neighbours/.
-    """
+    """The copying columns of one snapshot; keeps its neighbours, 64 to look at, in neighbours/."""
     found = subset.nearest(images)
-    ratios, nearest = copy_ratios(found["distances"]), found["indices"][:64, 0]
-    write_atomic(run / f"neighbours/{name}.npz", lambda f: np.savez(
-        f, distances=found["distances"].cpu().numpy(), indices=found["indices"].cpu().numpy(),
-        labels=labels, ratios=ratios.cpu().numpy(), samples=images[:64].cpu().numpy(),
-        nearest=subset.train[nearest].cpu().numpy()))
+    write_neighbours(run, name, found, labels=labels, samples=images[:64].cpu().numpy(),
+                     nearest=subset.train[found["indices"][:64, 0]].cpu().numpy())
     null = copying_row(controls["heldout"], subset.groups)
     return copying_row(found, subset.groups) | {
-        "null_copy_ratio": null["copy_ratio"], "null_copy_high": null["copy_high"],
-        "null_copy_ratio_quarter": null["copy_ratio_quarter"],
-        "null_copy_ratio_half": null["copy_ratio_half"],
+        f"null_{key}": value for key, value in null.items() if "copied" not in key} | {
         "auth_share": auth_share(found, controls["leave_one_out"])}
+
+
+def write_neighbours(run, name, found, **more):
+    """neighbours/NAME.npz: distances, indices and d1/d2 of every image, and `more` arrays."""
+    arrays = {key: value.cpu().numpy() for key, value in found.items()}
+    ratios = copy_ratios(found["distances"]).cpu().numpy()
+    write_atomic(run / f"neighbours/{name}.npz",
+                 lambda f: np.savez(f, ratios=ratios, **arrays, **more))
+
+
+def write_controls(run, subset, controls):
+    """controls.csv and the neighbours of each control."""
+    rows = []
+    for name, found in controls.items():
+        write_neighbours(run, name, found)
+        rows.append({"name": name, "images": len(found["distances"]),
+                     **copying_row(found, subset.groups)})
+    write_csv(run / "controls.csv", rows)
 
 
 @command_line
 def main(argv=None):
-    """Measure every snapshot that is not done; see the module's docstring.
-
-    Raises SystemExit(2) on bad input.
-    """
+    """Measure every snapshot that is not done. Raises SystemExit(2) on bad input."""
     args = parse(argv)
     run, device, record = args.run, pick_device(args.device), read_run(args.run)
-    space = args.features or ("pixels" if record["options"]["data"] == "toy" else "inception")
+    options, shape = record["options"], record["image_shape"]
+    space = args.features or ("pixels" if options["data"] == "toy" else "inception")
     have = [f"{s:07d}" for s in snapshots(run) if (run / f"samples/{s:07d}.npz").exists()]
     if not have:
         raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
-    drawn = {name: samples_of(run, name, args.num, record["image_shape"], device) for name in have}
-    state, digest = load_weights(args.weights) if space == "inception" else (None, "none")
+    drawn = {name: samples_of(run, name, args.num, shape, device) for name in have}
+    spaces = {space: load_space(space, args.weights, device)}
+    if args.sscd:
+        spaces["sscd"] = load_sscd(args.sscd, device)
     data = load_subset(run, record, args.data)
+    if args.twin:
+        return measure_twin(run, args.twin, record, data, args, device)
     rows = {int(row["step"]): row for row in read_csv(run / "metrics.csv")}
-    todo = [n for n in have if rows.get(int(n), {}).get("samples_digest") != drawn[n][2]
-            or rows[int(n)].get(f"weights_{space}") != digest
-            or not (run / f"neighbours/{n}.npz").exists()]
-    print(f"{run}: {len(todo)} of {len(have)} snapshots to measure, {space} features, on {device}",
-          flush=True)
 
-    subset = Subset(data, record["options"]["flip"], device)
+    def is_done(name):
+        row = rows.get(int(name), {})
+        return (row.get("samples_digest") == drawn[name][2]
+                and all(row.get(f"weights_{s}") == digest for s, (_, digest) in spaces.items())
+                and (run / f"neighbours/{name}.npz").exists())
+    todo = [name for name in have if not is_done(name)]
+    print(f"{run}: {len(todo)} of {len(have)} snapshots to measure, {', '.join(spaces)}, on "
+          f"{device}", flush=True)
+
+    subset = Subset(data, options["flip"], device)
     controls = subset.controls()
     if (run / "samples/exact.npz").exists():
-        controls["exact"] = subset.nearest(
-            samples_of(run, "exact", None, record["image_shape"], device)[0])
-    write_csv(run / "controls.csv", [{"name": name, "images": len(found["distances"]),
-                                      **copying_row(found, subset.groups)}
-                                     for name, found in controls.items()])
-    if not todo:
-        return
-    if space == "inception":
-        net = inception_net(state).to(device)
-
-    def extract(images):
-        return inception_features(net, images) if space == "inception" else pixel_features(images)
+        controls["exact"] = subset.nearest(samples_of(run, "exact", None, shape, device)[0])
+    write_controls(run, subset, controls)
     most = max(len(images) for images, _, _ in drawn.values())
-    references = {split: cached(f"{space} {digest}", lambda i=images: {"features": extract(i)},
-                                images)["features"]
-                  for split, images in (("train", subset.train[:most]),
-                                        ("heldout", subset.heldout[:most]))}
+    held = subset.heldout[:most]
+    # Copies are searched in all training images, distributions compared at equal counts.
+    references = {s: {"train": features_of(s, spaces, subset.train[:None if s == "sscd" else most]),
+                      "heldout": features_of(s, spaces, held)} for s in spaces}
+
+    def score(images):
+        return similarity_row(spaces["sscd"][0](images), *references["sscd"].values())
+    if args.planted:
+        write_csv(run / "planted.csv", planted_rows(subset, controls, args.sscd and score))
+    known_labels = torch.from_numpy(data.train_labels).to(device) if record["classes"] else None
+    floor = cached(f"floor {options['process']} {options['eval_images']} {known_labels}", lambda: {
+        "floor": torch.from_numpy(loss_floor(PROCESSES[options["process"]], subset.train,
+                                             known_labels, options["eval_images"]))},
+                   subset.train)["floor"]
     for name in todo:
-        images, labels, samples_digest = drawn[name]
+        images, labels, digest = drawn[name]
         row = rows.get(int(name), {})
-        if row.get("samples_digest") != samples_digest:
-            row = {}
-        row = {"step": int(name), "images": int(name) * record["options"]["batch"],
-               "samples": len(images), "samples_digest": samples_digest} | row
+        row = row if row.get("samples_digest") == digest else {}
+        row = {"step": int(name), "images": int(name) * options["batch"], "samples": len(images),
+               "samples_digest": digest} | row
         row |= measure_snapshot(run, name, images, labels, subset, controls)
-        row |= fidelity_row(space, extract(images), references) | {f"weights_{space}": digest}
-        rows[int(name)] = row
+        row |= fidelity_row(space, spaces[space][0](images), references[space])
+        row |= score(images) if args.sscd else {}
+        row |= {f"floor_level{k}": f"{value:.8g}" for k, value in enumerate(floor.tolist())}
+        rows[int(name)] = row | {f"weights_{s}": digest for s, (_, digest) in spaces.items()}
         merge_rows(run / "metrics.csv", rows)
         print(f"step {int(name):7d}  copies {row['copy_ratio']:.4f}  "
               f"FID train {row[f'fid_{space}_train']:.2f}  "
