@@ -262,7 +262,7 @@ def test_kid_equals_torch_fidelity_and_its_error_the_spread():
 def test_precision_and_recall_equal_torch_fidelity():
     from torch_fidelity.metric_prc import prc_features_to_metric
     real, fake = gaussian(300, 5), gaussian(250, 5, 0.7) * 0.7
-    expected = prc_features_to_metric(real, fake, prc_neighborhood=3, prc_batch_size=100,
+    expected = prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=100,
                                       save_cpu_ram=False, verbose=False)
     precision, recall = measure.precision_recall(fake, real)
     assert precision == pytest.approx(expected["precision"])
