@@ -46,8 +46,7 @@ from train import (
 
 # of d1/d2; the literature's is 1/3
 THRESHOLDS = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2}
-# training images closer than this, root mean square over pixels in [-1, 1], are one group
-DUPLICATE_RMS = 0.1
+DUPLICATE_SHARE = 0.5       # see duplicate_groups
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
 SSCD_THRESHOLD = 0.6        # the study's: a higher cosine similarity to a training image is a copy
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -166,35 +165,33 @@ def wilson(k, n, z=1.959964):
     return max(0.0, (middle - half) / (1 + z2n)), min(1.0, (middle + half) / (1 + z2n))
 
 
-def duplicate_groups(images, rms=DUPLICATE_RMS):
+def duplicate_groups(images):
     """Near-identical images as groups: (N, ...) float -> (N,) int64, the lowest index of each.
 
-    Two images whose difference has a root mean square below `rms` are in one group, and so is what
-    they link to. Memory: a block of 2048 x 2048 and the pairs found.
+    Two images are near-identical if they are nearer to each other than half the distance of either
+    to its 10th nearest (of fewer than 2,000 images the N/200-th, at least the 2nd), and so is what
+    they link to. A bound on the distance alone does not do: two blue skies are closer than two
+    copies of one detailed picture. Equal images are one in all this.
     """
     x = images.flatten(1)
-    # Equal images first: any number of them costs one sort, and they leave the search for pairs.
     _, first, inverse = np.unique(x.cpu().numpy(), axis=0, return_index=True, return_inverse=True)
     groups = torch.from_numpy(first[inverse.reshape(-1)])
     kept = torch.from_numpy(np.sort(first))
-    unique = x[kept.to(x.device)]
-    limit, center, pairs = rms**2 * x.shape[1], unique[:4096].mean(0), []
+    x = x[kept.to(x.device)]
+    rank = min(10, max(2, len(x) // 200), len(x) - 1)
+    if rank < 2:
+        return groups.to(images.device)
+    center, own = x[:4096].mean(0), torch.arange(len(x), device=x.device)
     with exact_float32():
-        for i in range(0, len(unique), 2048):
-            a = unique[i:i + 2048] - center
-            for j in range(i, len(unique), 2048):
-                b = unique[j:j + 2048] - center
-                squared = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
-                squared += a.square().sum(1)[:, None]
-                near = (squared < 1.01 * limit + 1e-3).nonzero()    # a rough net; exact below
-                near += torch.tensor([i, j], device=x.device)
-                pairs += near[near[:, 0] < near[:, 1]].split(4096)
-    for pair in pairs:
-        difference = unique[pair[:, 0]].double() - unique[pair[:, 1]].double()
-        for i, j in kept[pair[difference.square().sum(1) < limit].cpu()].tolist():
-            low, high = sorted((int(groups[i]), int(groups[j])))
-            groups[groups == high] = low
-    return groups.to(x.device)
+        score, index, _ = _screen(x - center, x, center, rank, own, own)
+    distance = (score + (x - center).square().sum(1, keepdim=True)).clamp(min=0).sqrt()
+    half = DUPLICATE_SHARE * distance[:, -1]
+    linked = distance < torch.minimum(half[:, None], half[index])           # (N, rank)
+    rows, columns = linked.nonzero(as_tuple=True)
+    for i, j in zip(kept[rows.cpu()].tolist(), kept[index[rows, columns].cpu()].tolist(), strict=True):
+        low, high = sorted((int(groups[i]), int(groups[j])))
+        groups[groups == high] = low
+    return groups.to(images.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -504,8 +501,8 @@ class Subset:
     def __init__(self, data, flip, device):
         self.train = torch.from_numpy(data.train_images).to(device)
         self.heldout = torch.from_numpy(data.test_images).to(device)
-        self.groups = cached(f"groups {DUPLICATE_RMS}",
-                             lambda: {"groups": duplicate_groups(to_float(self.train))},
+        self.groups = cached(f"groups {DUPLICATE_SHARE}",
+                             lambda: {"groups": duplicate_groups(pixel_features(self.train))},
                              self.train)["groups"]
         if len(self.groups.unique()) < 2:
             raise InputError("the training images are all near-duplicates of one another: d1/d2 "
@@ -763,7 +760,10 @@ def write_neighbours(run, name, found, **more):
 
 
 def write_controls(run, subset, controls):
-    """controls.csv and the neighbours of each control."""
+    """controls.csv, the neighbours of each control, and duplicates.csv: who is near-identical."""
+    groups = subset.groups.tolist()
+    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in enumerate(groups)
+                                       if g != i], columns=("image", "duplicate_of"))
     rows = []
     for name, found in controls.items():
         write_neighbours(run, name, found)

@@ -104,12 +104,10 @@ def write_atomic(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def write_csv(path, rows):
-    """Write a list of dicts with the same keys as a CSV file, atomically."""
-    def write(file):
-        lines = [",".join(rows[0])] + [",".join(str(v) for v in row.values()) for row in rows]
-        file.write(("\n".join(lines) + "\n").encode())
-    write_atomic(path, write)
+def write_csv(path, rows, columns=None):
+    """Write a list of dicts with the same keys as a CSV file, atomically; `columns` if it is empty."""
+    lines = [",".join(columns or rows[0]), *(",".join(str(v) for v in row.values()) for row in rows)]
+    write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
 def read_csv(path):

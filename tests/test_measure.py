@@ -29,7 +29,7 @@ def brute_force(queries, references, groups=None, exclude=None):
             torch.cat([first, second], 1))
 
 
-# --- Nearest neighbours -----------------------------------------------------------------------------
+# --- Nearest neighbours ---------------------------------------------------------------------------
 
 
 def adversarial(name):
@@ -100,7 +100,7 @@ def test_two_nearest_ignores_and_restores_tf32():
     torch.set_float32_matmul_precision("highest")
 
 
-# --- Copies -----------------------------------------------------------------------------------------
+# --- Copies ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -159,10 +159,18 @@ def test_mirrored_copies_count_where_training_flipped(tmp_path, monkeypatch):
     assert torch.equal(flipped.nearest(mirrored)["indices"][:, 0], torch.arange(64))
 
 
-def test_groups_link_and_take_the_lowest_index():
-    x = torch.zeros(6, 100)
-    x[:, 0] = torch.tensor([0.0, 5.0, 0.6, 9.0, 1.2, 5.0])     # rms .06 apart in a chain; 5 and 5
-    assert measure.duplicate_groups(x).tolist() == [0, 1, 0, 3, 0, 1]
+def test_near_duplicates_are_grouped_and_look_alikes_are_not():
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(700, 50, generator=g)
+    x[600:] *= 0.01                                         # dull: all near one another
+    x[7] = x[3] + 0.1 * x[7]                                # a pair
+    x[9], x[11] = x[8] + 0.1 * x[9], x[8] - 0.1 * x[11]     # a triple
+    x[20:30] = x[19]                                        # ten more of the same
+    expected = torch.arange(700)
+    expected[7], expected[[9, 11]], expected[20:30] = 3, 8, 19
+    assert torch.equal(measure.duplicate_groups(x), expected)
+    assert measure.duplicate_groups(x[[3, 3]]).tolist() == [0, 0]
+    assert measure.duplicate_groups(x[[3, 4]]).tolist() == [0, 1]
 
 
 def test_all_duplicates_have_no_ratio(tmp_path, monkeypatch):
@@ -186,7 +194,7 @@ def test_auth_share_counts_those_nearer_than_the_images_own_neighbour():
     assert measure.auth_share(found, own) == 0.5
 
 
-# --- Distances of distributions ---------------------------------------------------------------------
+# --- Distances of distributions -------------------------------------------------------------------
 
 
 def gaussian(n, d, shift=0.0):
@@ -279,7 +287,7 @@ def test_degenerate_sets():
     assert measure.frechet_distance(*measure.moments(same), *measure.moments(same)) == 0
 
 
-# --- Inception --------------------------------------------------------------------------------------
+# --- Inception ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +349,7 @@ def test_both_feature_spaces_side_by_side(tiny_run, tmp_path, inception_state, m
     assert rows[0]["fid_inception_train"] == "" and rows[0]["fid_pixels_train"]
 
 
-# --- The command ------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
 
 
 def metrics(run, name="metrics.csv"):

@@ -36,7 +36,7 @@ def same_state(a, b):
     return a["step"] == b["step"]
 
 
-# --- Noise processes --------------------------------------------------------------------------------
+# --- Noise processes ------------------------------------------------------------------------------
 
 
 def test_ddpm_schedule_matches_its_product():
@@ -88,7 +88,7 @@ def test_ddpm_draws_every_time_equally():
     assert counts[0] == 0 and (counts[1:] == 5).all()
 
 
-# --- U-Net ------------------------------------------------------------------------------------------
+# --- U-Net ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("width", "parameters"), [
@@ -161,7 +161,7 @@ def test_runs_in_bfloat16_within_its_precision():
     torch.testing.assert_close(half.float(), net(x, t), rtol=0.05, atol=0.05)
 
 
-# --- Data -------------------------------------------------------------------------------------------
+# --- Data -----------------------------------------------------------------------------------------
 
 
 def test_toy_subsets_are_nested_and_held_out_images_are_others():
@@ -205,7 +205,7 @@ def test_hash_names_the_subset(tmp_path):
     assert train.subset_hash(one) != train.subset_hash(other)
 
 
-# --- Randomness -------------------------------------------------------------------------------------
+# --- Randomness -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "batch"), [(10, 4), (3, 16), (16, 16)])
@@ -234,7 +234,7 @@ def test_evaluation_steps_are_shared_by_runs_of_any_length():
     assert train.evaluation_steps(10) == [10]
 
 
-# --- Training ---------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 
 def test_run_folder_holds_what_it_should(tiny_run):
@@ -331,7 +331,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state(tmp_path, refus
     assert (run / "last.pt").read_bytes() == good
 
 
-# --- Names and bad input ----------------------------------------------------------------------------
+# --- Names and bad input --------------------------------------------------------------------------
 
 
 def test_run_names_tell_configurations_apart():
