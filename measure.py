@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sample import exact_predictor, load_subset, read_samples, snapshots
+from sample import exact_predictor, load_subset, read_samples
 from train import (
     PROCESSES,
     UNREADABLE,
@@ -669,8 +669,7 @@ def measure_twin(run, twin, record, data, args, device):
     if shared:
         raise InputError(f"--twin {twin}: the two training sets share {len(shared)} images; train "
                          f"one with --offset {record['options']['n']}")
-    steps = [f"{s:07d}" for s in snapshots(run) if all(
-        (r / f"samples/{s:07d}.npz").exists() for r in (run, twin))]
+    steps = sorted({*sampled(run)} & {*sampled(twin)})
     if not steps:
         raise InputError(f"--twin {twin}: no step has samples in both runs")
     subsets = [Subset(d, r["options"]["flip"], device)
@@ -714,6 +713,11 @@ def parse(argv):
     if args.num is not None and args.num < 1:
         raise InputError(f"--num {args.num}: must be at least 1")
     return args
+
+
+def sampled(run):
+    """The names of a run's samples files, by step."""
+    return sorted(p.stem for p in (run / "samples").glob("[0-9]*.npz"))
 
 
 def samples_of(run, name, num, shape, device):
@@ -779,7 +783,7 @@ def main(argv=None):
     run, device, record = args.run, pick_device(args.device), read_run(args.run)
     options, shape = record["options"], record["image_shape"]
     space = args.features or ("pixels" if options["data"] == "toy" else "inception")
-    have = [f"{s:07d}" for s in snapshots(run) if (run / f"samples/{s:07d}.npz").exists()]
+    have = sampled(run)
     if not have:
         raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
     drawn = {name: samples_of(run, name, args.num, shape, device) for name in have}

@@ -4,14 +4,15 @@
     python plot.py runs/            # every sweep below
     python plot.py runs/toy/N16_w32_B16_lr2e-3_s0       # one run
 
-Writes run_NAME.png (four panels), samples_NAME.png, levels_NAME.png, sweep_{n,width,batch,lr}.png,
-tau_mem.png, novelty_fidelity.png, summary.csv (a row a run) and claims.md (the study's claims).
+Writes for each run run_NAME.png (four panels), samples_NAME.png, levels_NAME.png (loss by noise
+level) and ratios_NAME.png (the whole curve of d1/d2); for each factor swept sweep_, tau_ and
+novelty_{n,width,batch,lr}.png; and summary.csv (a row a run) and claims.md (the study's claims).
 
 Definitions. tau_mem, the step at which memorization starts, is given by five: the lowest held-out
 loss; held-out loss 25 % above its lowest; copy ratio .01, .1 and .5. Each is interpolated between
-evaluations in log step; ">X" means not reached by step X. The memorization rate is the slope of the
-copy ratio, once above .02 and until .9, a doubling of the step. Best fidelity is the lowest sliced
-Wasserstein distance to the held-out images up to the step of copy ratio .01.
+evaluations in log step, with a 95 % interval (see tau_intervals); ">X": not reached by step X.
+The memorization rate is the slope of the copy ratio, from .02 to .9, a doubling of the step. Best
+fidelity is the lowest sliced Wasserstein distance to held-out images up to copy ratio .01.
 """
 
 import argparse
@@ -40,6 +41,7 @@ NORMALISED = {"n": lambda v, low: low / v, "batch": lambda v, low: v / low,
               "lr": lambda v, low: v / low}
 TAUS = {"heldout_min": "held-out loss lowest", "heldout_25": "held-out loss 25 % up",
         "copy_01": "copy ratio .01", "copy_10": "copy ratio .1", "copy_50": "copy ratio .5"}
+COPY_LEVELS = {"copy_01": 0.01, "copy_10": 0.1, "copy_50": 0.5}
 NOT_CONFIG = {*FACTORS, "seed", "steps", "images", "out", "device", "compile", "amp",
               "save_minutes"}
 
@@ -160,9 +162,39 @@ def taus(run):
     found = {"heldout_min": lowest(steps, loss),
              "heldout_25": crossing(steps[k:], loss[k:], 1.25 * loss[k])}
     steps, copies = run.column("copy_ratio")
-    for name, level in (("copy_01", 0.01), ("copy_10", 0.1), ("copy_50", 0.5)):
+    for name, level in COPY_LEVELS.items():
         found[name] = crossing(steps, copies, level) if len(steps) else math.nan
     return found
+
+
+def tau_intervals(run, draws=200):
+    """95 % intervals of the onsets: {name: (low, high)}; inf not reached, absent where unknown.
+
+    Of the copy ratios by bootstrap over samples, the same ones at every step, as their noise is the
+    same; of the lowest held-out loss from the evaluation before to the one after it.
+    """
+    steps, loss = run.column("heldout_loss")
+    k = int(np.argmin(loss))
+    found = {"heldout_min": (float(steps[max(k - 1, 0)]),
+                             float(steps[k + 1]) if k + 1 < len(steps) else math.inf)}
+    copied = []
+    for file in snapshot_files(run):
+        with np.load(file) as data:
+            copied.append(data["ratios"] < 1 / 3)
+    if not copied or len({len(c) for c in copied}) > 1:
+        return found
+    steps, copied = np.array([float(p.stem) for p in snapshot_files(run)]), np.array(copied)
+    generator, n = np.random.default_rng(0), copied.shape[1]
+    curves = [copied[:, generator.integers(0, n, n)].mean(1) for _ in range(draws)]
+    for name, level in COPY_LEVELS.items():
+        onsets = sorted(crossing(steps, curve, level) for curve in curves)
+        found[name] = onsets[round(0.025 * draws)], onsets[round(0.975 * draws) - 1]
+    return found
+
+
+def snapshot_files(run):
+    """The neighbours files of a run's snapshots, by step."""
+    return sorted((run.path / "neighbours").glob("[0-9]*.npz"))
 
 
 def memorization_rate(run):
@@ -191,8 +223,11 @@ def summarize(run):
     last, metrics = run.log["step"][-1], run.metrics
     row = {"run": run.name, **dict(run.factors()), "seed": run.options["seed"],
            "parameters": run.parameters, "last_step": f"{last:.0f}"}
+    intervals = tau_intervals(run)
     for name, value in taus(run).items():
         row[f"tau_{name}"] = step_text(value, last)
+        for end, bound in zip(("low", "high"), intervals.get(name, (math.nan,) * 2), strict=True):
+            row[f"tau_{name}_{end}"] = step_text(bound, last)
     value, step = best_fidelity(run)
     _, copies = run.column("copy_ratio")
     null = metrics.get("null_copy_ratio", np.array([math.nan]))[-1]
@@ -241,6 +276,19 @@ def four_panels(axes, runs, color, scale=1.0, label=None):
     draw(axes[1], runs, "null_copy_ratio", scale, color=color, linestyle=":", linewidth=1)
 
 
+def short(value, _=None):
+    """A tick's label: 0.05, 20, 1k, 2.5k, 100k."""
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+
+
+def log_ticks(axis):
+    """Readable ticks on a log axis: 1, 2, 5 where it spans less than two decades, else 1 only."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(mpl.ticker.FuncFormatter(short))
+    axis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
 def dress(axes, space, xlabel):
     """Titles, scales and labels of a row of four panels."""
     unit = {"inception": "Inception features", "pixels": "pixels", None: "not measured"}[space]
@@ -248,10 +296,9 @@ def dress(axes, space, xlabel):
             "loss", "copy ratio (d1/d2 < 1/3)", f"sliced Wasserstein, {unit}", f"FID, {unit}"),
             ("log", "linear", "log", "log"), strict=True):
         axis.set(title=title, xlabel=xlabel, xscale="log", yscale=scale)
+        log_ticks(axis.xaxis)
         if scale == "log":
-            axis.yaxis.set_major_locator(mpl.ticker.LogLocator(base=10, subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-            axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+            log_ticks(axis.yaxis)
     axes[1].set_ylim(-0.03, 1.03)
 
 
@@ -265,7 +312,7 @@ def line_key(figure, handles=()):
 
 def plot_run(run, path):
     """Four panels of one run, with tau_mem by its lowest held-out loss and by copy ratio .01."""
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.1))
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), sharex=True)
     four_panels(axes, [run], "C0")
     dress(axes, run.space, "step")
     onset = taus(run)
@@ -283,7 +330,8 @@ def plot_sweep(factor, groups, path):
     """Four panels of a sweep, a colour a value: against raw steps and, below, normalised time."""
     rows = 2 if factor in NORMALISED else 1
     figure, axes = plt.subplots(rows, 4, figsize=(13, 3.1 * rows), squeeze=False, sharey="col")
-    colors, space = palette(len(groups)), next(iter(groups.values()))[0].space
+    colors = palette(len(groups))
+    space = next((run.space for runs in groups.values() for run in runs if run.space), None)
     for color, (value, runs) in zip(colors, groups.items(), strict=True):
         four_panels(axes[0], runs, color)
         if rows == 2:
@@ -301,7 +349,7 @@ def plot_sweep(factor, groups, path):
 
 def plot_samples(run, path, images=8, columns=6):
     """Samples from the same noise at several steps, each beside its nearest training image."""
-    files = sorted((run.path / "neighbours").glob("[0-9]*.npz"))
+    files = snapshot_files(run)
     chosen = {*np.linspace(0, len(files) - 1, columns).round().astype(int)}
     files = [files[k] for k in sorted(chosen)]
     figure, axes = plt.subplots(images, 2 * len(files), squeeze=False, layout="none",
@@ -334,6 +382,7 @@ def plot_levels(run, path):
         draw(axis, [run], f"heldout_loss_level{k}", color="C0", linestyle="--", label="held-out")
         draw(axis, [run], f"floor_level{k}", color="C1", linestyle=":", label="perfect memorizer")
         axis.set(xscale="log", title=f"t in [{k / 10:.1f}, {(k + 1) / 10:.1f}]")
+        log_ticks(axis.xaxis)
         axis.set_ylim(bottom=0)
     for axis in axes[-1]:
         axis.set_xlabel("step")
@@ -343,8 +392,35 @@ def plot_levels(run, path):
     save(figure, path)
 
 
+def plot_ratios(run, path, columns=6):
+    """The whole curve of d1/d2: the share of samples below each value, and of the controls."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.8))
+    names = [p.stem for p in snapshot_files(run)]
+    chosen = {*np.linspace(0, len(names) - 1, columns).round().astype(int)}
+    curves = [(names[k], f"step {int(names[k])}", {"color": color})
+              for k, color in zip(sorted(chosen), palette(len(chosen)), strict=True)]
+    curves += [("heldout", "held-out images", {"color": "0.2", "linestyle": ":"}),
+               ("leave_one_out", "training images, left out", {"color": "0.6", "linestyle": ":"}),
+               ("exact", "perfect memorizer", {"color": "C3", "linestyle": "--"})]
+    for name, label, style in curves:
+        file = run.path / f"neighbours/{name}.npz"
+        if file.exists():
+            with np.load(file) as data:
+                ratios = np.sort(data["ratios"])
+            axis.step(ratios, (np.arange(len(ratios)) + 1) / len(ratios), where="post",
+                      label=f"{label} ({len(ratios)})", **style)
+    for threshold in (1 / 4, 1 / 3, 1 / 2):
+        axis.axvline(threshold, color="0.8", linewidth=0.8, zorder=0)
+    axis.set(xlabel="d1/d2 (lines: 1/4, 1/3, 1/2)", ylabel="share of images below", xlim=(0, 1))
+    axis.legend(fontsize=7)
+    save(figure, path)
+
+
 def plot_tau(factor, groups, path):
-    """tau_mem by each definition against the factor, with its log-log fit."""
+    """tau_mem by each definition against the factor, with log-log fits; not drawn if none known."""
+    onsets = [tau for runs in groups.values() for run in runs for tau in taus(run).values()]
+    if not np.isfinite(onsets).any():
+        return
     figure, axis = plt.subplots(figsize=(5.2, 3.8))
     for color, marker, (name, text) in zip(palette(len(TAUS)), "os^Dv", TAUS.items(), strict=True):
         points = [(value, taus(run)[name]) for value, runs in groups.items() for run in runs]
@@ -359,7 +435,8 @@ def plot_tau(factor, groups, path):
             axis.loglog(x, np.exp(fit[1]) * x**fit[0], color=color, linewidth=1)
     ticks = sorted(groups)
     axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
-    axis.minorticks_off()
+    axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    log_ticks(axis.yaxis)
     axis.set(xlabel=FACTORS[factor], ylabel="onset of memorization, step")
     axis.legend(fontsize=8)
     save(figure, path)
@@ -368,7 +445,7 @@ def plot_tau(factor, groups, path):
 def plot_novelty(factor, groups, path):
     """Fidelity against novelty through training, a curve a value of the factor."""
     figure, axis = plt.subplots(figsize=(5.2, 3.8))
-    space = next(iter(groups.values()))[0].space
+    space = next((run.space for runs in groups.values() for run in runs if run.space), None)
     for color, (value, runs) in zip(palette(len(groups)), groups.items(), strict=True):
         for k, run in enumerate(runs):
             (_, copies), (_, distance) = run.column("copy_ratio"), run.column("sw_{space}_heldout")
@@ -378,8 +455,7 @@ def plot_novelty(factor, groups, path):
                 axis.plot(1 - copies[-1], distance[-1], "o", color=color, markersize=7)
     axis.set(xlabel="novelty: 1 - copy ratio", yscale="log",
              ylabel=f"sliced Wasserstein to held-out, {space}  (lower is better)")
-    axis.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.yaxis.set_minor_formatter(mpl.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    log_ticks(axis.yaxis)
     axis.set_title("through training; the large dot is the end", fontsize=9)
     axis.legend(fontsize=8)
     save(figure, path)
@@ -575,6 +651,12 @@ def claim_same_rate(groups):
     return text, "supported" if max(rates) <= 1.25 * min(rates) else "not supported"
 
 
+def with_interval(row, column):
+    """A cell of claims.md: the value, and its interval where the row has one."""
+    low, high = (row.get(f"{column}_{end}", "") for end in ("low", "high"))
+    return (f"{row[column]} [{low}, {high}]" if low else str(row[column])) or "-"
+
+
 def write_tables(runs, found, folder):
     """summary.csv and claims.md."""
     rows = [summarize(run) for run in runs]
@@ -589,7 +671,7 @@ def write_tables(runs, found, folder):
     columns = ("run", "last_step", *(f"tau_{name}" for name in TAUS), "memorization_rate",
                "best_sw_heldout", "final_copy_ratio", "null_copy_ratio")
     text += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    text += [f"| {' | '.join(str(row[c]) or '-' for c in columns)} |" for row in rows]
+    text += [f"| {' | '.join(with_interval(row, c) for c in columns)} |" for row in rows]
     write(folder / "claims.md", ("\n".join(text) + "\n").encode())
 
 
@@ -603,8 +685,9 @@ def plot_group(runs, folder):
     for run in runs:
         plot_run(run, folder / f"run_{run.name}.png")
         plot_levels(run, folder / f"levels_{run.name}.png")
-        if list((run.path / "neighbours").glob("[0-9]*.npz")):
+        if snapshot_files(run):
             plot_samples(run, folder / f"samples_{run.name}.png")
+            plot_ratios(run, folder / f"ratios_{run.name}.png")
     found = sweeps(runs)
     for factor, groups in found.items():
         plot_sweep(factor, groups, folder / f"sweep_{factor}.png")

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -105,8 +106,12 @@ def write_atomic(path, write):
 
 
 def write_csv(path, rows, columns=None):
-    """Write a list of dicts with the same keys as a CSV file, atomically; `columns` if it is empty."""
-    lines = [",".join(columns or rows[0]), *(",".join(str(v) for v in row.values()) for row in rows)]
+    """Write a list of dicts with the same keys as a CSV file, atomically.
+
+    columns: the header, needed where the list may be empty.
+    """
+    lines = [",".join(columns or rows[0])]
+    lines += [",".join(str(value) for value in row.values()) for row in rows]
     write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
@@ -782,6 +787,15 @@ def pick_device(name):
     return torch.device(name)
 
 
+def join_processes():
+    """(rank, world size): torchrun's, joined through torch.distributed; (0, 1) without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                         timeout=datetime.timedelta(hours=1))
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def amp_dtype(device, amp="auto"):
     """torch.bfloat16, torch.float16 or None (no autocast), as --amp and the device say."""
     if amp == "auto":
@@ -862,18 +876,36 @@ def main(argv=None):
     """
     args = parse(argv)
     device = pick_device(args.device)
+    rank, world = join_processes()
+    if args.batch % world:
+        raise InputError(f"--batch {args.batch}: {world} processes cannot share it evenly")
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    wait = torch.distributed.barrier if world > 1 else lambda: None
+    if rank:
+        wait()                                      # the first process downloads, for all
     data = load_data(args.data, args.n, args.size, args.offset)
+    if not rank:
+        wait()
     check_size(data.train_images.shape[1], args.mults)
     labels_of = (data.train_labels, data.test_labels)
     classes = int(max(labels.max() for labels in labels_of)) + 1 if args.conditional else 0
     net = build_net(vars(args), data.train_images.shape[3], classes)
     out = Path(args.out or f"runs/{run_name(args)}")
-    with claimed(out, describe(args, data, net)):
-        train(args, out, data, net, device)
+    with contextlib.nullcontext() if rank else claimed(out, describe(args, data, net)):
+        wait()                                      # until the first process has the folder
+        train(args, out, data, net, device, rank, world)
+        wait()
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
-def train(args, out, data, net, device):
-    """Train `net` on `data` from the last checkpoint in `out`, or from the start, to args.steps."""
+def train(args, out, data, net, device, rank=0, world=1):
+    """Train `net` on `data` from the last checkpoint in `out`, or from the start, to args.steps.
+
+    Of `world` processes each takes its share of every batch; the first one evaluates and writes.
+    """
     if device.type == "cuda":
         setup_cuda()
     net.to(device, memory_format=torch.channels_last)
@@ -890,30 +922,36 @@ def train(args, out, data, net, device):
         start, seconds = last["step"], last["seconds"]
         rows = [row for row in read_csv(out / "log.csv") if int(row["step"]) <= start]
     if start >= args.steps:
-        print(f"{out}: finished at step {start}; nothing to do")
+        if not rank:
+            print(f"{out}: finished at step {start}; nothing to do")
         return
 
     process = PROCESSES[args.process]
     model = net
     if args.compile and device.type == "cuda":
         model = torch.compile(net, fullgraph=True)
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model)
     images, held, labels, held_labels = (torch.from_numpy(data_part).to(device) for data_part in (
         data.train_images, data.test_images, data.train_labels, data.test_labels))
     if not net.classes:
         labels = held_labels = None
     shape = (args.batch, images.shape[3], *images.shape[1:3])
+    mine = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
     evaluations = evaluation_steps(args.steps, args.evals_per_doubling, args.first_eval)
     status = torch.zeros(2, device=device)                      # loss; first step with a bad one
     seen = torch.zeros(2, pin_memory=device.type == "cuda")     # a copy that nobody waits for
-    print(f"{out}: {sum(p.numel() for p in params):,} parameters, {args.n} images, on {device}, "
-          f"steps {start} to {args.steps}", flush=True)
+    if not rank:
+        print(f"{out}: {sum(p.numel() for p in params):,} parameters, {args.n} images, on "
+              f"{world} x {device.type}, steps {start} to {args.steps}", flush=True)
     bar = tqdm(total=args.steps * args.batch, initial=start * args.batch, unit="img",
-               unit_scale=True, disable=None)
+               unit_scale=True, disable=True if rank else None)
     good = lap_step = start
     began = lap = time.monotonic()
     for step in range(start + 1, args.steps + 1):
-        index = batch_indices(args.n, args.batch, args.seed, step, device)
-        t, eps, flips = step_noise(process, shape, args.seed, step, device)
+        # Every process draws the whole batch and takes its share: the same for any number of them.
+        index = batch_indices(args.n, args.batch, args.seed, step, device)[mine]
+        t, eps, flips = (v[mine] for v in step_noise(process, shape, args.seed, step, device))
         x0 = to_float(images[index])
         if args.flip:
             x0 = torch.where(expand(flips, x0), x0.flip(3), x0)
@@ -927,6 +965,9 @@ def train(args, out, data, net, device):
         torch._foreach_lerp_(ema_params, params, 1 - min(args.ema, (1 + step) / (10 + step)))
 
         loss = loss.detach()
+        if world > 1:
+            torch.distributed.all_reduce(loss)
+            loss /= world
         bad = torch.where((status[1] == 0) & ~loss.isfinite(), step, status[1])
         status = torch.stack([loss, bad])
         seen.copy_(status, non_blocking=True)
@@ -937,6 +978,9 @@ def train(args, out, data, net, device):
             continue
 
         check_finite(status, net, step, good)
+        if rank:
+            good, lap = step, time.monotonic()
+            continue                                # and wait for the first in the next step
         now = time.monotonic()
         rate = (step - lap_step) * args.batch / (now - lap)
         if step in evaluations:

@@ -40,9 +40,10 @@ def made_up(root, onset, n=16, width=32, batch=16, lr=1e-3, seed=0, best=1.0):
         columns |= {f"{name}_pixels_{s}": distance for s in ("train", "heldout")}
     write_csv(run / "metrics.csv", columns)
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
-    for step in STEPS[::4]:
+    for step, share in zip(STEPS, copies, strict=True):
+        ratios = np.where(np.arange(200) < 200 * share, 0.1, 0.9)
         np.savez(run / f"neighbours/{int(step):07d}.npz", samples=images, nearest=images,
-                 ratios=np.linspace(0, 1, 8))
+                 ratios=ratios)
     return run
 
 
@@ -72,6 +73,16 @@ def test_onsets_rate_and_best_fidelity_of_a_known_run(tmp_path):
     assert 0.2 < plot.memorization_rate(run) < 0.347
     value, step = plot.best_fidelity(run)
     assert step <= onset["copy_01"] < STEPS[-1] and value >= 1
+
+
+def test_intervals_hold_the_onset_and_narrow_with_its_slope(tmp_path):
+    run = plot.Run(made_up(tmp_path, 300.0))
+    onset, intervals = plot.taus(run), plot.tau_intervals(run)
+    assert set(intervals) == {"heldout_min", "copy_01", "copy_10", "copy_50"}
+    for name, (low, high) in intervals.items():
+        assert low < onset[name] < high
+    assert 1.1 < intervals["copy_10"][1] / intervals["copy_10"][0] < 3
+    assert intervals["heldout_min"] == (STEPS[3], STEPS[5])     # 181 and 362 around 256
 
 
 def test_not_reached_is_a_value(tmp_path):
@@ -127,7 +138,7 @@ def test_everything_is_drawn(tmp_path):
     for factor in ("n", "width"):
         assert {f"sweep_{factor}.png", f"tau_{factor}.png", f"novelty_{factor}.png"} <= names
     for run in tmp_path.glob("N*"):
-        assert {f"{kind}_{run.name}.png" for kind in ("run", "samples", "levels")} <= names
+        assert {f"{kind}_{run.name}.png" for kind in ("run", "samples", "levels", "ratios")} <= names
     assert all(p.read_bytes()[1:4] == b"PNG" for p in figures.glob("*.png"))
     with open(figures / "summary.csv") as file:
         rows = list(csv.DictReader(file))
@@ -138,7 +149,7 @@ def test_everything_is_drawn(tmp_path):
 def test_a_real_run_is_drawn(tiny_run):
     plot.main([str(tiny_run)])
     assert (tiny_run / "figures/claims.md").exists()
-    assert len(list((tiny_run / "figures").glob("*.png"))) == 3
+    assert len(list((tiny_run / "figures").glob("*.png"))) == 4
 
 
 def test_other_configurations_are_kept_apart(study):

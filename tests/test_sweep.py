@@ -3,8 +3,13 @@
 import csv
 import fcntl
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -23,21 +28,29 @@ def sweep(out, *arguments, code=0, **change):
     return done.stdout
 
 
-def plan(grid, **change):
-    """The lines of a dry run with the grid's own lists."""
-    clean = dict.fromkeys(("N", "WIDTH", "BATCH", "LR", "IMAGES", "TRAIN", "SAMPLE", "MEASURE"), "")
-    return sweep("none", grid, "--dry-run", **{**clean, **change}).splitlines()
+def names(grid, **change):
+    """The runs of a grid with its own lists."""
+    own = dict.fromkeys(("N", "WIDTH", "BATCH", "LR", "IMAGES", "TRAIN", "SAMPLE", "MEASURE"), "")
+    return sweep("none", grid, "--list", **{**own, **change}).split()
 
 
 def test_the_grids():
     for grid, runs in (("toy", 10), ("cifar10", 14), ("paper", 14), ("full", 320)):
-        lines = plan(grid)
-        names = {line.split()[0] for line in lines[:-1]}
-        assert len(names) == len(lines) - 1 == runs
-        assert all(line.endswith("not started") for line in lines[:-1])
-    assert "N2048_w128_B16_lr1e-4_s0" in names and "N16384_w192_B128_lr4e-4_s0" in names
-    assert len(plan("cifar10", SEEDS="0 1 2")) == 43
-    assert len(plan("custom", N="8 16", WIDTH="8 16", BATCH="4", LR="1e-3", DESIGN="full")) == 5
+        found = names(grid)
+        assert len(set(found)) == len(found) == runs
+    assert "N2048_w128_B16_lr1e-4_s0" in found and "N16384_w192_B128_lr4e-4_s0" in found
+    assert found[0].startswith("N") and "_w192_B16_" in found[0]        # the longest first
+    assert len(names("cifar10", SEEDS="0 1 2")) == 42
+    assert len(names("custom", N="8 16", WIDTH="8 16", BATCH="4", LR="1e-3")) == 3
+    assert len(names("custom", N="8 16", WIDTH="8 16", BATCH="4", LR="1e-3", DESIGN="full")) == 4
+
+
+def test_the_plan_times_what_never_ran(tmp_path):
+    text = sweep(tmp_path / "none", "toy", "--dry-run")
+    assert text.count("not started") == 2 and "--time" in text
+    text = sweep(tmp_path / "none", "toy", "--dry-run", "--time")
+    assert "timing N4" in text and "?" not in text.split("timing", 1)[1] and "hours in all" in text
+    assert not (tmp_path / "none").exists()
 
 
 def test_bad_arguments_are_named():
@@ -46,33 +59,81 @@ def test_bad_arguments_are_named():
     assert "--wet-run: unknown option" in sweep("none", "toy", "--wet-run", code=2)
     assert "4k" in sweep("none", "toy", N="4k", code=2)
     assert "LR=fast" in sweep("none", "toy", LR="fast", code=2)
+    assert "KEEP=some" in sweep("none", "toy", KEEP="some", code=2)
+    assert "no such run" in sweep("none", "toy", "--only", "N5", code=2)
     assert not os.path.exists(ROOT / "none")
 
 
-def test_end_to_end_then_nothing_to_do_then_a_failure_then_mended(tmp_path):
-    out = tmp_path / "runs"
-    first = sweep(out, "toy")
-    assert "2 runs in" in first and first.count("done   N") == 2
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory):
+    """A tiny sweep that nobody disturbed, and its output. Tests copy it before they change it."""
+    out = tmp_path_factory.mktemp("sweep") / "runs"
+    return out, sweep(out, "toy")
+
+
+def tables(out):
+    """metrics.csv and, less the timings, log.csv of every run of a sweep."""
+    found = {}
+    for path in sorted(out.glob("N*/*.csv")):
+        with open(path) as file:
+            found[path.relative_to(out)] = [
+                {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+                for row in csv.DictReader(file)]
+    return found
+
+
+def test_end_to_end(left_alone):
+    out, text = left_alone
+    assert "2 runs in" in text and text.count("done   N") == 2
     for name in ("N4_w8_B4_lr1e-3_s0", "N6_w8_B4_lr1e-3_s0"):
-        with open(out / name / "metrics.csv") as file:
-            assert list(csv.DictReader(file))[-1]["step"] == "12"
+        assert tables(out)[Path(name, "metrics.csv")][-1]["step"] == "12"
         assert (out / "logs" / f"{name}.log").exists()
         assert (out / "figures" / f"run_{name}.png").exists()
     assert (out / "figures/claims.md").exists()
     assert "0 to do" in sweep(out, "toy", "--dry-run")
+    status = sweep(out, "toy", "--status").splitlines()
+    assert len(status) == 3 and all("done" in line for line in status[1:])
+    assert sweep(out, "toy", "--list").split() == ["N4_w8_B4_lr1e-3_s0", "N6_w8_B4_lr1e-3_s0"]
 
-    # One run cannot go on, another is new: the new one is done, the broken one named.
-    broken, table = out / "N4_w8_B4_lr1e-3_s0", (out / "N4_w8_B4_lr1e-3_s0/metrics.csv").read_bytes()
+
+def test_a_failure_is_named_the_others_go_on_and_mended_it_continues(left_alone, tmp_path):
+    out = tmp_path / "runs"
+    shutil.copytree(left_alone[0], out)
+    broken = out / "N4_w8_B4_lr1e-3_s0"
     (broken / "metrics.csv").unlink()
-    samples = (broken / "samples/0000012.npz").read_bytes()
-    (broken / "samples/0000012.npz").write_bytes(samples[:100])
-    second = sweep(out, "toy", code=1, N="4 6 8")
-    assert "FAILED N4_w8_B4_lr1e-3_s0" in second and "0000012.npz" in second
-    assert "done   N8_w8_B4_lr1e-3_s0" in second and "start  N6" not in second
-    assert "1 of 3 runs failed" in second
-    (broken / "samples/0000012.npz").unlink()
-    assert "1 to do" in sweep(out, "toy", N="4 6 8")
-    assert (broken / "metrics.csv").read_bytes() == table
+    samples = broken / "samples/0000012.npz"
+    samples.write_bytes(samples.read_bytes()[:100])
+    text = sweep(out, "toy", code=1, N="4 6 8", KEEP="last")
+    assert "FAILED N4_w8_B4_lr1e-3_s0" in text and "0000012.npz" in text
+    assert "done   N8_w8_B4_lr1e-3_s0" in text and "start  N6" not in text
+    assert "1 of 3 runs failed" in text
+    kept = [p.name for p in (out / "N8_w8_B4_lr1e-3_s0/snapshots").iterdir()]
+    assert kept == ["0000012.pt"] and (out / "N8_w8_B4_lr1e-3_s0/last.pt").exists()
+    samples.unlink()
+    plan = sweep(out, "toy", "--dry-run", N="4 6 8")
+    assert "1 to do" in plan and "?" not in plan
+    sweep(out, "toy", "--only", "N4_w8_B4_lr1e-3_s0", N="4 6 8")
+    mended = tables(out)
+    assert all(mended[path] == table for path, table in tables(left_alone[0]).items())
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_tables(left_alone, tmp_path):
+    out, moments = tmp_path / "runs", random.Random(0)
+    env = {**os.environ, **TINY, "OUT": str(out), "TRAIN": TINY["TRAIN"] + " --save-minutes 0"}
+    for _ in range(3):
+        with subprocess.Popen([str(ROOT / "sweep.sh"), "toy"], env=env, start_new_session=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            time.sleep(moments.uniform(2, 7))
+            os.killpg(process.pid, signal.SIGKILL)
+    sweep(out, "toy", TRAIN=env["TRAIN"])
+    assert tables(out) == tables(left_alone[0])
+
+
+def test_an_array_task_runs_its_row(left_alone, tmp_path):
+    name = "N6_w8_B4_lr1e-3_s0"
+    text = sweep(tmp_path, "toy", SLURM_ARRAY_TASK_ID="1", SLURM_SUBMIT_DIR=str(ROOT))
+    assert text.split() == ["start", name, "done", name]
+    assert tables(tmp_path) == {k: v for k, v in tables(left_alone[0]).items() if k.parts[0] == name}
 
 
 def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path):

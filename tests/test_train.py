@@ -315,6 +315,19 @@ def test_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_two_processes_follow_one_and_resume(tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+           str(ROOT / "train.py"), *TINY, "--flip", "--conditional", "--out", str(tmp_path / "b")]
+    for steps in ("5", "9"):
+        subprocess.run([*run, "--steps", steps], check=True, capture_output=True)
+    train.main([*TINY, "--flip", "--conditional", "--steps", "9", "--out", str(tmp_path / "a")])
+    one, two = ({r["step"]: r for r in columns(tmp_path / name)} for name in "ab")
+    assert set(one) < set(two)                      # two has the end of its first part, step 5
+    for step, row in one.items():
+        for key, value in row.items():
+            assert float(value) == pytest.approx(float(two[step][key]), rel=2e-4), (step, key)
+
+
 def test_a_finished_run_says_so_and_does_nothing(tiny_run, capsys):
     before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*.*") if p.name != ".lock"}
     train.main([*TINY, "--steps", "16", "--out", str(tiny_run)])
