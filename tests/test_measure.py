@@ -423,3 +423,102 @@ def test_flipped_training_is_measured_with_mirrored_images(tmp_path, monkeypatch
     sample.write_samples(run, "0000004", mirrored, labels, settings)
     measure.main([str(run), "--device", "cpu"])
     assert float(metrics(run)[0]["copy_ratio"]) == 1
+
+
+# --- SSCD, planted copies, twins, the floor ---------------------------------------------------------
+
+
+def test_similarity_counts_what_is_above_the_threshold():
+    train_features = torch.eye(4)[:2]
+    angles = torch.tensor([0.0, 0.9, 0.95, 3.0])           # cosines 1, .62, .58, -.99 to the first
+    samples = torch.stack([angles.cos(), 0 * angles, angles.sin(), 0 * angles], 1)
+    row = measure.similarity_row(samples, train_features, torch.eye(4)[2:])
+    assert row["sscd_ratio"] == 0.5 and row["null_sscd_ratio"] == 0
+    assert row["sscd_low"] < 0.5 < row["sscd_high"]
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A TorchScript module in SSCD's place: the picture in 8 x 8, as a vector."""
+    class Small(torch.nn.Module):
+        def forward(self, x):
+            x = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)
+            return x - x.mean(1, keepdim=True)
+    path = tmp_path_factory.mktemp("sscd") / "small.torchscript.pt"
+    torch.jit.trace(Small(), torch.zeros(1, 3, 288, 288)).save(str(path))
+    return path
+
+
+def test_sscd_and_planted_copies_on_a_run(tiny_run, tmp_path, stand_in, refused, monkeypatch):
+    run = tmp_path / "r"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, run)
+    refused(measure.main, [run, "--sscd", "none.pt"], "--sscd none.pt")
+    (tmp_path / "bad.pt").write_bytes(b"nothing")
+    refused(measure.main, [run, "--sscd", tmp_path / "bad.pt"], "bad.pt", "TorchScript")
+    images, labels, settings = sample.read_samples(run / "samples/0000016.npz")
+    images[:] = train.load_data("toy", 8, 8).train_images[0]
+    sample.write_samples(run, "0000016", images, labels, settings)
+    measure.main([str(run), "--sscd", str(stand_in), "--planted", "--device", "cpu"])
+    row = metrics(run)[-1]
+    assert float(row["sscd_ratio"]) == 1 and float(row["null_sscd_ratio"]) < 1
+    assert row["most_copied"] == "12" and row["distinct_copied"] == "1"
+    planted = {r["planted"]: r for r in metrics(run, "planted.csv")}
+    for kind in ("exact", "noise rms 0.05"):
+        assert float(planted[kind]["copy_ratio"]) == float(planted[kind]["sscd_ratio"]) == 1
+        assert float(planted[kind]["not_authentic"]) == 1
+    assert float(planted["held-out images"]["copy_ratio"]) == 0
+    assert float(planted["noise rms 0.20"]["copy_ratio"]) < 1
+
+
+def test_twins_that_agree_and_twins_that_copy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    subsets = [measure.Subset(train.load_data("toy", 32, 8, offset), False, torch.device("cpu"))
+               for offset in (0, 32)]
+    fresh = torch.from_numpy(train.load_data("toy", 2, 8).test_images[:32])
+    agree = measure.twin_row(fresh, fresh.clone(), *subsets)
+    assert agree["agreement"] == 1 and agree["twin_rms"] == 0 and agree["nearest_train_rms"] > 0.05
+    copy = measure.twin_row(subsets[0].train, subsets[1].train, *subsets)
+    assert copy["agreement"] == 0 and copy["nearest_train_rms"] == 0 and copy["twin_rms"] > 0.1
+
+
+def test_twin_command(tiny_run, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    twin = tmp_path / "twin"
+    train.main([*TINY, "--offset", "8", "--steps", "16", "--out", str(twin)])
+    refused(measure.main, [tiny_run, "--twin", twin], "no step has samples")
+    sample.main([str(twin), "--num", "12", "--sampling-steps", "5", "--device", "cpu"])
+    run = tmp_path / "r"
+    shutil.copytree(tiny_run, run)
+    measure.main([str(run), "--twin", str(twin), "--device", "cpu"])
+    rows = metrics(run, "twin_twin.csv")
+    assert [r["step"] for r in rows] == ["4", "6", "8", "11", "16"]
+    assert all(0 <= float(r["agreement"]) <= 1 and float(r["twin_rms"]) >= 0 for r in rows)
+    refused(measure.main, [run, "--twin", tiny_run], "share 8 images", "--offset 8")
+
+
+def test_floor_is_below_every_network_and_zero_at_low_noise(tiny_run):
+    floor = metrics(tiny_run)[-1]
+    for row in metrics(tiny_run, "log.csv"):
+        assert all(float(floor[f"floor_level{k}"]) < float(row[f"train_loss_level{k}"]) for k in range(10))
+    assert float(floor["floor_level0"]) < 1e-6
+
+
+@pytest.mark.parametrize("name", train.PROCESSES)
+def test_floor_of_two_images_by_integration(name):
+    # For x0 = ±v the posterior mean is v tanh(a xt.v / s^2), and the loss of c x0 + d eps, with
+    # eps = (xt - a x0) / s, is (c - d a / s)^2 |v|^2 E[1 - tanh^2] / D.
+    process, v = train.PROCESSES[name], 40
+    images = torch.tensor([127.5 + v, 127.5 - v]).reshape(2, 1, 1, 1).expand(2, 4, 4, 3)
+    images = images.round().to(torch.uint8)
+    got = measure.loss_floor(process, images, None, 50_000)
+    v = train.to_float(images)[0].double()
+    g = np.random.default_rng(0)
+    u = (np.arange(5000) + 0.5) / 5000
+    a, s = (x.double().numpy() for x in process.a_s(process.snap(torch.from_numpy(u))))
+    norm = float(v.square().sum())
+    z = g.standard_normal((400, 5000))
+    argument = a * (a * norm + s * math.sqrt(norm) * z) / s**2
+    loss = (process.c - process.d * a / s) ** 2 * norm / 48 * (1 - np.tanh(argument) ** 2)
+    expected = loss.mean(0).reshape(10, 500).mean(1)
+    np.testing.assert_allclose(got, expected, rtol=0.1, atol=5e-4)
