@@ -188,7 +188,8 @@ def duplicate_groups(images):
     half = DUPLICATE_SHARE * distance[:, -1]
     linked = distance < torch.minimum(half[:, None], half[index])           # (N, rank)
     rows, columns = linked.nonzero(as_tuple=True)
-    for i, j in zip(kept[rows.cpu()].tolist(), kept[index[rows, columns].cpu()].tolist(), strict=True):
+    for i, j in zip(kept[rows.cpu()].tolist(), kept[index[rows, columns].cpu()].tolist(),
+                    strict=True):
         low, high = sorted((int(groups[i]), int(groups[j])))
         groups[groups == high] = low
     return groups.to(images.device)
@@ -202,11 +203,19 @@ def duplicate_groups(images):
 def _factor(cov):
     """F with F F^T = cov, for a positive semi-definite matrix (D, D).
 
-    Cholesky, or eigenvectors if it is singular.
+    Cholesky's; for a covariance of fewer samples than dimensions, of rank k, the k columns that it
+    has by then, if they do give the rest of the matrix; else from the eigenvectors.
     """
     factor, info = torch.linalg.cholesky_ex(cov)
     if info == 0:
         return factor
+    k = int(info) - 1
+    if k > 0:
+        top = torch.linalg.cholesky(cov[:k, :k])
+        below = torch.linalg.solve_triangular(top, cov[:k, k:], upper=False).T
+        rest = cov[k:, k:].diagonal() - below.square().sum(1)
+        if (rest.abs() < 1e-9 * cov.diagonal().max()).all():
+            return torch.cat([top, below])
     values, vectors = torch.linalg.eigh(cov)
     return vectors * values.clamp(min=0).sqrt()
 
@@ -240,6 +249,23 @@ def moments(x):
     return x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1])
 
 
+def fid(x, y):
+    """frechet_distance of the Gaussians fitted to two sets of feature vectors (n, D), (m, D).
+
+    Where there are fewer vectors than dimensions it takes the short way round: with centred rows
+    X, Y the square roots of the eigenvalues of cov1 cov2 are the singular values of X Y^T, over
+    sqrt((n - 1) (m - 1)), a smaller matrix.
+    """
+    if len(x) > x.shape[1]:
+        return frechet_distance(*moments(x), *moments(y))
+    x, y = x.double(), y.double()
+    shift = x.mean(0) - y.mean(0)
+    x, y = (x - x.mean(0)) / (len(x) - 1) ** 0.5, (y - y.mean(0)) / (len(y) - 1) ** 0.5
+    cross = x @ y.T
+    root = torch.linalg.eigvalsh(cross @ cross.T).clamp(min=0).sqrt().sum()
+    return float(shift.square().sum() + x.square().sum() + y.square().sum() - 2 * root)
+
+
 def _project(x, y, projections, seed):
     """x and y (n, D) on random unit vectors: float64 (projections, n) each, a block at a time."""
     g = torch.Generator().manual_seed(seed)
@@ -267,17 +293,19 @@ def sliced_wasserstein_error(x, y, projections=SW_PROJECTIONS, seed=0, groups=10
     if x.shape != y.shape or len(x) == 0:
         raise InputError(f"sliced_wasserstein: shapes {tuple(x.shape)} and {tuple(y.shape)} "
                          "must be equal")
-    member = torch.arange(len(x), device=x.device) % max(groups, 1)
-    keeps = [member != k for k in range(groups)] if len(x) >= max(groups, 1) else []
-    total, without = 0.0, torch.zeros(len(keeps), dtype=torch.float64)
-    for a, b in _project(x, y, projections, seed):
-        total += float((a.sort(1).values - b.sort(1).values).square().mean(1).sum())
-        for k, keep in enumerate(keeps):
-            difference = a[:, keep].sort(1).values - b[:, keep].sort(1).values
+    n, groups = len(x), groups if len(x) >= groups else 0
+    member = torch.arange(n, device=x.device) % max(groups, 1)
+    total, without = 0.0, torch.zeros(groups, dtype=torch.float64)
+    for projected in _project(x, y, projections, seed):
+        (a, order_a), (b, order_b) = (p.sort(1) for p in projected)         # (projections, n)
+        total += float((a - b).square().mean(1).sum())
+        group_a, group_b = member[order_a], member[order_b]
+        for k in range(groups):                 # what is sorted stays so with some left out
+            difference = (a[group_a != k] - b[group_b != k]).reshape(len(a), -1)
             without[k] += difference.square().mean(1).sum().cpu()
     without = (without / projections).sqrt()
     error = math.nan
-    if len(keeps) > 1:
+    if groups > 1:
         error = float(((groups - 1) / groups * (without - without.mean()).square().sum()).sqrt())
     return math.sqrt(total / projections), error
 
@@ -358,14 +386,15 @@ def inception_net(state):
     """
     from torchvision.models import inception as tv
 
-    def fid(block, pool=lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)):
+    def patched(block, pool=lambda x: F.avg_pool2d(x, 3, stride=1, padding=1,
+                                                   count_include_pad=False)):
         class FIDBlock(block):
             def _forward(self, x):                      # the pool's branch is the last one
                 return super()._forward(x)[:-1] + [self.branch_pool(self.pool(x))]
         FIDBlock.pool = staticmethod(pool)
         return FIDBlock
-    blocks = [tv.BasicConv2d, fid(tv.InceptionA), tv.InceptionB, fid(tv.InceptionC), tv.InceptionD,
-              fid(tv.InceptionE), tv.InceptionAux]
+    blocks = [tv.BasicConv2d, patched(tv.InceptionA), tv.InceptionB, patched(tv.InceptionC),
+              tv.InceptionD, patched(tv.InceptionE), tv.InceptionAux]
     net = tv.Inception3(num_classes=1008, aux_logits=False, transform_input=False,
                         inception_blocks=blocks, init_weights=False, dropout=0.0)
     net.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, stride=1, padding=1)
@@ -571,7 +600,7 @@ def fidelity_row(name, features, references):
     for split, reference in references.items():
         x, y = features[:m], reference[torch.arange(m, device=features.device) % len(reference)]
         end = f"{name}_{split}"
-        row[f"fid_{end}"] = frechet_distance(*moments(x), *moments(y)) if m > 1 else math.nan
+        row[f"fid_{end}"] = fid(x, y) if m > 1 else math.nan
         row[f"kid_{end}"], row[f"kid_error_{end}"] = kernel_distance(x, y)
         row[f"sw_{end}"], row[f"sw_error_{end}"] = sliced_wasserstein_error(
             x[:SW_SAMPLES], y[:SW_SAMPLES])

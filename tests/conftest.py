@@ -1,4 +1,6 @@
-"""Shared by the tests: tiny settings, and one tiny run that is trained, sampled and measured once."""
+"""Shared by the tests: tiny settings, and one tiny run that is trained, sampled and measured
+once.
+"""
 
 import os
 import sys
@@ -34,7 +36,9 @@ def tiny_run(tmp_path_factory):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, argv, word, ...): main ends with exit code 2 and one line that has all words."""
+    """refused(main, argv, word, ...): main ends with exit code 2 and one line that has all
+    words.
+    """
     def check(main, argv, *words, code=2):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

@@ -53,9 +53,9 @@ def adversarial(name):
     return q, r
 
 
-@pytest.mark.parametrize("name", ["plain", "near copies", "near ties at norm 100", "exact duplicates",
-                                  "more duplicates than candidates", "far from the origin",
-                                  "two references"])
+@pytest.mark.parametrize("name", ["plain", "near copies", "near ties at norm 100",
+                                  "exact duplicates", "more duplicates than candidates",
+                                  "far from the origin", "two references"])
 def test_two_nearest_equals_brute_force(name):
     q, r = adversarial(name)
     distances, indices = measure.two_nearest(q, r)
@@ -182,7 +182,8 @@ def test_all_duplicates_have_no_ratio(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("k", "n", "low", "high"), [
-    (0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341), (10, 10, 0.72247, 1.0), (1, 2048, 8.62e-5, 0.00276)])
+    (0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341), (10, 10, 0.72247, 1.0),
+    (1, 2048, 8.62e-5, 0.00276)])
 def test_wilson_interval(k, n, low, high):
     assert measure.wilson(k, n) == pytest.approx((low, high), rel=2e-3, abs=1e-9)
 
@@ -223,6 +224,20 @@ def test_frechet_with_fewer_samples_than_dimensions():
                 - 2 * torch.linalg.svdvals(x_ @ y_.T).sum()) / 29)
     got = measure.frechet_distance(*measure.moments(x), *measure.moments(y))
     assert got == pytest.approx(float(expected), rel=1e-6)
+    assert measure.fid(x, y) == pytest.approx(float(expected), rel=1e-9)
+    many = gaussian(200, 80)                    # one singular, one not, either way round
+    a, b = measure.moments(x), measure.moments(many)
+    assert measure.frechet_distance(*a, *b) == \
+        pytest.approx(measure.frechet_distance(*b, *a), rel=1e-6)
+    assert measure.fid(x, many) == pytest.approx(measure.frechet_distance(*a, *b), rel=1e-6)
+
+
+def test_frechet_of_a_covariance_whose_first_dimensions_are_dead():
+    x, y = gaussian(30, 40), gaussian(30, 40)
+    x[:, 3] = y[:, 5] = 0
+    x[:, 8] = x[:, 7]
+    got = measure.frechet_distance(*measure.moments(x), *measure.moments(y))
+    assert got == pytest.approx(measure.fid(x, y), rel=1e-6)
 
 
 def test_frechet_equals_pytorch_fid():
@@ -232,7 +247,8 @@ def test_frechet_equals_pytorch_fid():
     assert measure.frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("bad", [(torch.zeros(3), torch.eye(4)), (torch.zeros(4) * math.nan, torch.eye(4))])
+@pytest.mark.parametrize("bad", [(torch.zeros(3), torch.eye(4)),
+                                 (torch.zeros(4) * math.nan, torch.eye(4))])
 def test_frechet_refuses_bad_input(bad):
     with pytest.raises(train.InputError, match="frechet_distance"):
         measure.frechet_distance(*bad, torch.zeros(4), torch.eye(4))
@@ -248,8 +264,18 @@ def test_sliced_wasserstein_closed_forms():
     # scaled Gaussians: W2 of N(0, 1) and N(0, 4) is 1
     assert measure.sliced_wasserstein(gaussian(20000, 3), 2 * gaussian(20000, 3), 200) == \
         pytest.approx(1, rel=0.03)
-    assert measure.sliced_wasserstein(y, y + 2, 50, 1) == measure.sliced_wasserstein(y, y + 2, 50, 1)
-    assert measure.sliced_wasserstein(y, y + 2, 50, 1) != measure.sliced_wasserstein(y, y + 2, 50, 2)
+    assert measure.sliced_wasserstein(y, y + 2, 50, 1) == \
+        measure.sliced_wasserstein(y, y + 2, 50, 1)
+    assert measure.sliced_wasserstein(y, y + 2, 50, 1) != \
+        measure.sliced_wasserstein(y, y + 2, 50, 2)
+
+
+def test_sliced_wasserstein_error_is_the_spread_of_fresh_draws():
+    value, error = measure.sliced_wasserstein_error(gaussian(200, 5), gaussian(200, 5, 1.0), 100)
+    draws = [measure.sliced_wasserstein(gaussian(200, 5), gaussian(200, 5, 1.0), 100)
+             for _ in range(100)]
+    assert abs(value - np.mean(draws)) < 4 * np.std(draws)
+    assert np.std(draws) / 2 < error < 2 * np.std(draws)
 
 
 def test_sliced_wasserstein_wants_equal_counts():
@@ -263,7 +289,8 @@ def test_kid_equals_torch_fidelity_and_its_error_the_spread():
     expected = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=200, verbose=False)
     value, error = measure.kernel_distance(x, y)
     assert value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
-    draws = [measure.kernel_distance(gaussian(200, 40), gaussian(200, 40, 0.3))[0] for _ in range(200)]
+    draws = [measure.kernel_distance(gaussian(200, 40), gaussian(200, 40, 0.3))[0]
+             for _ in range(200)]
     assert error == pytest.approx(np.std(draws), rel=0.3)
 
 
@@ -341,8 +368,8 @@ def test_both_feature_spaces_side_by_side(tiny_run, tmp_path, inception_state, m
         if path.stem != "0000016":
             path.unlink()
     torch.save(inception_state, tmp_path / "w.pth")
-    measure.main([str(run), "--features", "inception", "--weights", str(tmp_path / "w.pth"), "--num",
-                  "6", "--device", "cpu"])
+    measure.main([str(run), "--features", "inception", "--weights", str(tmp_path / "w.pth"),
+                  "--num", "6", "--device", "cpu"])
     assert "not the official FID weights" in capsys.readouterr().out
     rows = metrics(run)
     assert float(rows[-1]["fid_inception_train"]) > 0 and rows[-1]["fid_pixels_train"] == ""
@@ -363,7 +390,8 @@ def test_metrics_of_a_run(tiny_run):
     for row in rows:
         assert row["samples"] == "12" and row["copy_ratio"] == "0.0"
         assert float(row["copy_high"]) == pytest.approx(0.2425, abs=1e-3)
-        assert all(float(row[f"{m}_pixels_{s}"]) > 0 for m in ("fid", "sw") for s in ("train", "heldout"))
+        assert all(float(row[f"{m}_pixels_{s}"]) > 0
+                   for m in ("fid", "sw") for s in ("train", "heldout"))
     controls = {row["name"]: row for row in metrics(tiny_run, "controls.csv")}
     assert float(controls["heldout"]["copy_ratio"]) == 0
     assert float(controls["exact"]["copy_ratio"]) == 1
@@ -425,7 +453,7 @@ def test_flipped_training_is_measured_with_mirrored_images(tmp_path, monkeypatch
     assert float(metrics(run)[0]["copy_ratio"]) == 1
 
 
-# --- SSCD, planted copies, twins, the floor ---------------------------------------------------------
+# --- SSCD, planted copies, twins, the floor -------------------------------------------------------
 
 
 def test_similarity_counts_what_is_above_the_threshold():
@@ -500,7 +528,8 @@ def test_twin_command(tiny_run, tmp_path, refused, monkeypatch):
 def test_floor_is_below_every_network_and_zero_at_low_noise(tiny_run):
     floor = metrics(tiny_run)[-1]
     for row in metrics(tiny_run, "log.csv"):
-        assert all(float(floor[f"floor_level{k}"]) < float(row[f"train_loss_level{k}"]) for k in range(10))
+        assert all(float(floor[f"floor_level{k}"]) < float(row[f"train_loss_level{k}"])
+                   for k in range(10))
     assert float(floor["floor_level0"]) < 1e-6
 
 

@@ -1,4 +1,6 @@
-"""plot.py: onsets, fits and claims on made-up runs whose answers are known; every figure is written."""
+"""plot.py: onsets, fits and claims on made-up runs whose answers are known; every figure is
+written.
+"""
 
 import csv
 import json
@@ -26,12 +28,14 @@ def made_up(root, onset, n=16, width=32, batch=16, lr=1e-3, seed=0, best=1.0):
     """A run whose held-out loss is lowest at `onset`, whose copy ratio is 1/2 at 8 onset."""
     run = root / f"N{n}_w{width}_B{batch}_lr{lr}_s{seed}"
     (run / "neighbours").mkdir(parents=True)
-    options = {"n": n, "width": width, "batch": batch, "lr": lr, "seed": seed, "data": "toy", "steps": 1}
+    options = {"n": n, "width": width, "batch": batch, "lr": lr, "seed": seed,
+               "data": "toy", "steps": 1}
     (run / "args.json").write_text(json.dumps({"options": options, "parameters": width**2}))
     x = np.log(STEPS / onset)
     loss = {"step": STEPS, "train_loss": 0.1 * np.exp(-0.1 * x), "heldout_loss": 0.1 + 0.01 * x**2}
     for k in range(10):
-        loss |= {f"train_loss_level{k}": loss["train_loss"], f"heldout_loss_level{k}": loss["heldout_loss"]}
+        loss |= {f"train_loss_level{k}": loss["train_loss"],
+                 f"heldout_loss_level{k}": loss["heldout_loss"]}
     write_csv(run / "log.csv", loss)
     copies = 1 / (1 + (STEPS / (8 * onset)) ** -2.0)
     distance = best * (1 + (x - 1) ** 2 / (1 + 0.03 * (x - 1) ** 4))      # falls, rises, falls
@@ -101,7 +105,8 @@ def test_crossing_interpolates_in_log_step():
 
 def test_power_law_and_its_error():
     x = np.array([1.0, 2, 4, 8])
-    assert plot.power_law(np.stack([x, 5 * x**1.5], 1)) == pytest.approx((1.5, math.log(5), 0), abs=1e-9)
+    assert plot.power_law(np.stack([x, 5 * x**1.5], 1)) == \
+        pytest.approx((1.5, math.log(5), 0), abs=1e-9)
     slope, _, error = plot.power_law(np.stack([x, x * np.array([1, 1.1, 0.9, 1])], 1))
     assert abs(slope - 1) < 3 * error
     assert plot.power_law(np.array([[2.0, 3], [2, 4]])) is None
@@ -122,10 +127,10 @@ def test_claims_of_a_study_with_known_answers(study):
     rows = {row[0]: row for row in plot.claims(runs, found)}
     verdicts = {number: row[3] for number, row in rows.items()}
     assert "lowest: 1.00 ± 0.0" in rows["3a"][2] and "lowest: -1.00" in rows["5a"][2]
-    assert verdicts == {"1": "supported", "2": "supported", "3a": "supported", "3b": "not supported",
-                        "3c": "supported", "4a": "supported", "4b": "supported", "5a": "supported",
-                        "5b": "supported", "5c": "supported", "6a": "supported", "6b": "supported",
-                        "7": verdicts["7"]}
+    assert verdicts == {"1": "supported", "2": "supported", "3a": "supported",
+                        "3b": "not supported", "3c": "supported", "4a": "supported",
+                        "4b": "supported", "5a": "supported", "5b": "supported", "5c": "supported",
+                        "6a": "supported", "6b": "supported", "7": verdicts["7"]}
     assert "of 18 runs" in rows["7"][2]
 
 
@@ -138,7 +143,8 @@ def test_everything_is_drawn(tmp_path):
     for factor in ("n", "width"):
         assert {f"sweep_{factor}.png", f"tau_{factor}.png", f"novelty_{factor}.png"} <= names
     for run in tmp_path.glob("N*"):
-        assert {f"{kind}_{run.name}.png" for kind in ("run", "samples", "levels", "ratios")} <= names
+        assert {f"{kind}_{run.name}.png"
+                for kind in ("run", "samples", "levels", "ratios")} <= names
     assert all(p.read_bytes()[1:4] == b"PNG" for p in figures.glob("*.png"))
     with open(figures / "summary.csv") as file:
         rows = list(csv.DictReader(file))

@@ -1,4 +1,6 @@
-"""sample.py: the update rule, the exact denoiser, noise that is a function of the index, bad input."""
+"""sample.py: the update rule, the exact denoiser, noise that is a function of the index, bad
+input.
+"""
 
 import json
 import shutil
@@ -56,7 +58,8 @@ def test_exact_predictor_keeps_to_the_class():
     images, labels = pictures(4), torch.tensor([0, 1, 0, 1])
     want = torch.tensor([1, 1, 0])
     predict = sample.exact_predictor(PROCESSES["flow"], images, (labels, want))
-    found = sample.sample(predict, PROCESSES["flow"], images.shape[1:], [(0, i) for i in range(3)], 50)
+    found = sample.sample(predict, PROCESSES["flow"], images.shape[1:],
+                          [(0, i) for i in range(3)], 50)
     nearest = (found[:, None] - images).flatten(2).norm(dim=2).argmin(1)
     assert torch.equal(labels[nearest], want)
 
@@ -101,7 +104,8 @@ def test_image_i_does_not_depend_on_the_batch(eta):
         return sample.sample(net, PROCESSES["ddpm"], (3, 8, 8), [(0, i) for i in indices], 5, eta)
     torch.randn(3)
     together = run(range(6))
-    torch.testing.assert_close(torch.cat([run([i]) for i in range(6)]), together, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.cat([run([i]) for i in range(6)]), together,
+                               rtol=1e-3, atol=1e-4)
     assert not torch.allclose(together[0], together[1])
 
 

@@ -23,7 +23,8 @@ def sweep(out, *arguments, code=0, **change):
     """Run sweep.sh; returns its output."""
     env = {**os.environ, **TINY, "OUT": str(out), **change}
     done = subprocess.run([str(ROOT / "sweep.sh"), *arguments], env=env, text=True, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          stdin=subprocess.DEVNULL)
     assert done.returncode == code, done.stdout
     return done.stdout
 
@@ -133,7 +134,8 @@ def test_an_array_task_runs_its_row(left_alone, tmp_path):
     name = "N6_w8_B4_lr1e-3_s0"
     text = sweep(tmp_path, "toy", SLURM_ARRAY_TASK_ID="1", SLURM_SUBMIT_DIR=str(ROOT))
     assert text.split() == ["start", name, "done", name]
-    assert tables(tmp_path) == {k: v for k, v in tables(left_alone[0]).items() if k.parts[0] == name}
+    assert tables(tmp_path) == {k: v for k, v in tables(left_alone[0]).items()
+                                if k.parts[0] == name}
 
 
 def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path):

@@ -31,7 +31,8 @@ def same_state(a, b):
     a, b = (torch.load(run / "last.pt", weights_only=True) for run in (a, b))
     for part in ("net", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
-    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(),
+                    strict=True):
         assert all(torch.equal(x[k], y[k]) for k in x)
     return a["step"] == b["step"]
 
@@ -120,7 +121,8 @@ def shaken(net):
     return net
 
 
-@pytest.mark.parametrize(("channels", "classes", "attention"), [(3, 3, None), (1, 0, [0]), (3, 0, [])])
+@pytest.mark.parametrize(("channels", "classes", "attention"), [
+    (3, 3, None), (1, 0, [0]), (3, 0, [])])
 def test_every_parameter_gets_a_finite_gradient(channels, classes, attention):
     torch.manual_seed(0)
     net = shaken(UNet(8, (1, 2), 1, attention, 16, classes, channels))
@@ -171,7 +173,8 @@ def test_toy_subsets_are_nested_and_held_out_images_are_others():
     assert np.array_equal(small.train_labels, large.train_labels[:8])
     assert np.array_equal(small.test_images, large.test_images) and len(small.test_images) == 5120
     assert not np.array_equal(small.train_images, small.test_images[:8])
-    assert np.array_equal(train.load_data("toy", 8, offset=8).train_images, large.train_images[8:16])
+    assert np.array_equal(train.load_data("toy", 8, offset=8).train_images,
+                          large.train_images[8:16])
     assert set(np.unique(train.load_data("toy", 200).train_labels)) == {0, 1, 2}
 
 
@@ -214,7 +217,8 @@ def test_every_epoch_visits_every_image_once(n, batch):
     seen = torch.cat([train.batch_indices(n, batch, 0, step) for step in range(1, steps + 1)])
     assert all(sorted(epoch.tolist()) == list(range(n)) for epoch in seen.split(n))
     if steps > 1:
-        assert not torch.equal(train.batch_indices(n, batch, 0, 1), train.batch_indices(n, batch, 1, 1))
+        assert not torch.equal(train.batch_indices(n, batch, 0, 1),
+                               train.batch_indices(n, batch, 1, 1))
 
 
 def test_step_noise_is_a_function_of_seed_and_step():
@@ -255,7 +259,8 @@ def test_first_step_is_adam_and_a_warmed_up_average(tmp_path):
     train.main([*TINY, "--steps", "1", "--lr", "0.01", "--out", str(tmp_path / "r")])
     record, last = train.read_run(tmp_path / "r"), train.load_checkpoint(tmp_path / "r/last.pt")
     start = train.build_net(record["options"], 3, 0).state_dict()
-    # Adam's first step is lr * g / (|g| + 1e-8), so lr where there is a gradient; the output layer has one.
+    # Adam's first step is lr * g / (|g| + 1e-8), so lr where there is a gradient; the output layer
+    # has one.
     moved = (last["net"]["conv_out.bias"] - start["conv_out.bias"]).abs()
     torch.testing.assert_close(moved, torch.full((3,), 0.01), rtol=1e-3, atol=0)
     for k, w0 in start.items():
@@ -271,8 +276,9 @@ def test_evaluation_gives_equal_images_equal_losses():
 
 
 def test_overfits_four_images(tmp_path):
-    train.main([*TINY, "--n", "4", "--width", "16", "--embed", "32", "--lr", "3e-3", "--steps", "300",
-                "--first-eval", "75", "--eval-images", "200", "--out", str(tmp_path / "r")])
+    train.main([*TINY, "--n", "4", "--width", "16", "--embed", "32", "--lr", "3e-3",
+                "--steps", "300", "--first-eval", "75", "--eval-images", "200",
+                "--out", str(tmp_path / "r")])
     rows = columns(tmp_path / "r")
     train_loss, heldout_loss = (float(rows[-1][f"{s}_loss"]) for s in ("train", "heldout"))
     assert train_loss < 0.08 and heldout_loss > 1.5 * train_loss
@@ -289,9 +295,11 @@ def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, more):
 
 
 def test_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--steps", "80", "--save-minutes", "0"]
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--steps", "80",
+               "--save-minutes", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", str(tmp_path / "a")], check=True, env=env, capture_output=True)
+    subprocess.run([*command, "--out", str(tmp_path / "a")], check=True, env=env,
+                   capture_output=True)
     kills = 0
     for wait in (0.0, 0.13, 0.31):
         with subprocess.Popen([*command, "--out", str(tmp_path / "b")], env=env,
@@ -307,17 +315,20 @@ def test_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
             kills += process.wait() == -signal.SIGKILL
     assert kills >= 2
     assert torch.load(tmp_path / "b/last.pt", weights_only=True)["step"] < 80
-    subprocess.run([*command, "--out", str(tmp_path / "b")], check=True, env=env, capture_output=True)
+    subprocess.run([*command, "--out", str(tmp_path / "b")], check=True, env=env,
+                   capture_output=True)
     assert same_state(tmp_path / "a", tmp_path / "b")
     assert columns(tmp_path / "a") == columns(tmp_path / "b")
     for a in (tmp_path / "a/snapshots").iterdir():
-        a, b = (torch.load(f, weights_only=True)["ema"] for f in (a, tmp_path / "b/snapshots" / a.name))
+        a, b = (torch.load(f, weights_only=True)["ema"]
+                for f in (a, tmp_path / "b/snapshots" / a.name))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_two_processes_follow_one_and_resume(tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-           str(ROOT / "train.py"), *TINY, "--flip", "--conditional", "--out", str(tmp_path / "b")]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+           "--nproc_per_node=2", "--", str(ROOT / "train.py"), *TINY, "--flip", "--conditional",
+           "--out", str(tmp_path / "b")]
     for steps in ("5", "9"):
         subprocess.run([*run, "--steps", steps], check=True, capture_output=True)
     train.main([*TINY, "--flip", "--conditional", "--steps", "9", "--out", str(tmp_path / "a")])
@@ -395,7 +406,8 @@ def test_bad_data_files_are_named(tmp_path, refused, change, words):
 
 def test_more_images_than_there_are_and_a_file_cut_short(tmp_path, refused):
     path = write_npz(tmp_path / "d.npz")
-    refused(train.main, [*TINY, "--data", path, "--n", "11", "--out", tmp_path / "r"], "--n 11", "10")
+    refused(train.main, [*TINY, "--data", path, "--n", "11", "--out", tmp_path / "r"],
+            "--n 11", "10")
     path.write_bytes(path.read_bytes()[:-500])
     refused(train.main, [*TINY, "--data", path, "--out", tmp_path / "r"], path, "readable")
 
