@@ -6,8 +6,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -136,6 +138,64 @@ def test_an_array_task_runs_its_row(left_alone, tmp_path):
     assert text.split() == ["start", name, "done", name]
     assert tables(tmp_path) == {k: v for k, v in tables(left_alone[0]).items()
                                 if k.parts[0] == name}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A real Slurm of one node, this machine, for one test; its files in a temporary folder."""
+    if os.geteuid() or not all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch"))):
+        pytest.skip("needs root and Debian's packages slurm-wlm and munge (.ci/run installs them)")
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = one.getsockname()[1], two.getsockname()[1]
+    home, host = Path(tempfile.mkdtemp(prefix="slurm")), socket.gethostname().split(".")[0]
+    (home / "state").mkdir()
+    (home / "spool").mkdir()
+    (home / "key").write_bytes(os.urandom(1024))
+    (home / "key").chmod(0o600)
+    (home / "slurm.conf").write_text(f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthInfo=socket={home}/munge.socket
+SlurmUser=root
+StateSaveLocation={home}/state
+SlurmdSpoolDir={home}/spool
+SlurmctldPidFile={home}/slurmctld.pid
+SlurmdPidFile={home}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+MpiDefault=none
+NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()}
+PartitionName=main Nodes=ALL Default=YES State=UP
+""")
+    monkeypatch.setenv("SLURM_CONF", str(home / "slurm.conf"))
+    files = {"socket": "munge.socket", "key-file": "key", "log-file": "munged.log",
+             "pid-file": "munged.pid", "seed-file": "seed"}
+    daemons = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+               for command in (
+        ["munged", "--foreground", "--force", *(f"--{k}={home / v}" for k, v in files.items())],
+        ["slurmctld", "-D", "-c", "-L", f"{home}/slurmctld.log"],
+        ["slurmd", "-D", "-L", f"{home}/slurmd.log"])]
+    yield
+    for daemon in reversed(daemons):
+        daemon.terminate()
+        daemon.wait()
+    shutil.rmtree(home)
+
+
+def test_a_real_slurm_runs_the_grid_as_an_array(slurm, left_alone, tmp_path):
+    submitted = subprocess.run(
+        ["sbatch", "--wait", "--array=0-1", f"--output={tmp_path}/task-%a.txt", "sweep.sh", "toy"],
+        env={**os.environ, **TINY, "OUT": str(tmp_path / "runs")}, cwd=ROOT, timeout=120,
+        capture_output=True, text=True, check=False)
+    printed = [path.read_text() for path in sorted(tmp_path.glob("task-*.txt"))]
+    assert submitted.returncode == 0, (submitted, printed)
+    assert [text.split()[-2] for text in printed] == ["done", "done"]
+    assert tables(tmp_path / "runs") == tables(left_alone[0])
 
 
 def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path):
