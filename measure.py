@@ -47,6 +47,7 @@ from train import (
 # of d1/d2; the literature's is 1/3
 THRESHOLDS = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2}
 DUPLICATE_SHARE = 0.5       # see duplicate_groups
+CACHE_VERSION = 2           # to be raised with what is computed and kept in data/cache
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
 SSCD_THRESHOLD = 0.6        # the study's: a higher cosine similarity to a training image is a copy
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -89,8 +90,6 @@ def _screen(queries, references, center, k, exclude, groups):
             score = torch.addmm(r2.float(), queries[q], r.T, alpha=-2)              # (rows, block)
             if exclude is not None:
                 score.masked_fill_(groups[start:start + len(r)] == exclude[q, None], math.inf)
-            # Few blocks hold a new best: sort only rows where the smallest of the block beats the
-            # worst kept.
             value, where = score.topk(min(k, len(r)), dim=1, largest=False)
             value, order = torch.cat([best[q], value], 1).topk(k, dim=1, largest=False)
             best[q], index[q] = value, torch.cat([index[q], where + start], 1).gather(1, order)
@@ -418,7 +417,7 @@ def load_weights(path=None):
         try:
             torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False,
                                                map_location="cpu")
-        except (OSError, RuntimeError) as error:            # no network, a full disk; a wrong hash
+        except UNREADABLE as error:         # no network, a full disk, a wrong hash, a damaged file
             raise InputError(f"--features inception: the weights cannot be had ({error}); fetch "
                              f"{WEIGHTS_URL} to {place}, or name the file with --weights") from None
     path = Path(path or place)
@@ -505,15 +504,17 @@ def cached(name, compute, *images):
 
     Kept under `name` and the content of the (uint8, tensor) images.
     """
-    digest = hashlib.sha256(name.encode())
+    digest = hashlib.sha256(f"{CACHE_VERSION} {name}".encode())
     for part in images:
         digest.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
     path = Path("data/cache") / f"{digest.hexdigest()[:32]}.npz"
-    if not path.exists():
+    try:
+        with np.load(path) as archive:
+            arrays = {key: torch.from_numpy(archive[key]) for key in archive.files}
+    except UNREADABLE:                              # not there, or damaged: made anew
         arrays = compute()
         write_atomic(path, lambda f: np.savez(f, **{k: v.cpu().numpy() for k, v in arrays.items()}))
-    with np.load(path) as archive:
-        return {key: torch.from_numpy(archive[key]).to(images[0].device) for key in archive.files}
+    return {key: value.to(images[0].device) for key, value in arrays.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -559,9 +560,10 @@ class Subset:
         """
         flip = len(self.search) > len(self.pixels)
         return {"heldout": cached(f"null {flip}", lambda: self.nearest(self.heldout),
-                                  self.heldout, self.train),
+                                  self.heldout, self.train, self.groups),
                 "leave_one_out": cached(f"self {flip}",
-                                        lambda: self.nearest(self.train, self.groups), self.train)}
+                                        lambda: self.nearest(self.train, self.groups),
+                                        self.train, self.groups)}
 
 
 def copying_row(found, groups):
@@ -594,6 +596,7 @@ def fidelity_row(name, features, references):
     features (n, D); references {"train": (N, D), "heldout": (M, D)}. Equal counts throughout:
     against each split, the first m = min(n, M) of the held-out images, and as many of the training
     images, repeated in turn where there are fewer: m draws from what a perfect memorizer shows.
+    KID, precision and recall, which look at pairs, take each image once.
     FID is biased in m, so it has no interval: compare it at equal m only.
     """
     row, m = {}, min(len(features), len(references["heldout"]))
@@ -601,10 +604,11 @@ def fidelity_row(name, features, references):
         x, y = features[:m], reference[torch.arange(m, device=features.device) % len(reference)]
         end = f"{name}_{split}"
         row[f"fid_{end}"] = fid(x, y) if m > 1 else math.nan
-        row[f"kid_{end}"], row[f"kid_error_{end}"] = kernel_distance(x, y)
+        once = y[:len(reference)]
+        row[f"kid_{end}"], row[f"kid_error_{end}"] = kernel_distance(x, once)
         row[f"sw_{end}"], row[f"sw_error_{end}"] = sliced_wasserstein_error(
             x[:SW_SAMPLES], y[:SW_SAMPLES])
-        row[f"precision_{end}"], row[f"recall_{end}"] = precision_recall(x, y)
+        row[f"precision_{end}"], row[f"recall_{end}"] = precision_recall(x, once)
     return row
 
 
@@ -633,7 +637,8 @@ def loss_floor(process, images, labels, count):
 
     def net(xt, t, wanted):
         return exact_predictor(process, known, None if labels is None else (labels, wanted))(xt, t)
-    return evaluate(net, process, images, labels, count)[1]
+    with exact_float32():
+        return evaluate(net, process, images, labels, count, amp="off")[1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -658,7 +663,7 @@ def plant(images):
 
 def planted_rows(subset, controls, score):
     """A row for each kind of planted copy, and held-out images: what each measure catches."""
-    kinds = plant(subset.train[:1024]) | {"held-out images": subset.heldout}
+    kinds = plant(subset.train[:1024]) | {"held-out images": subset.heldout[:1024]}
     rows = []
     for name, images in kinds.items():
         found = subset.nearest(images)
@@ -822,7 +827,10 @@ def main(argv=None):
     data = load_subset(run, record, args.data)
     if args.twin:
         return measure_twin(run, args.twin, record, data, args, device)
-    rows = {int(row["step"]): row for row in read_csv(run / "metrics.csv")}
+    try:
+        rows = {int(row["step"]): row for row in read_csv(run / "metrics.csv")}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{run}/metrics.csv: damaged; delete it to measure anew") from None
 
     def is_done(name):
         row = rows.get(int(name), {})
@@ -849,10 +857,10 @@ def main(argv=None):
     if args.planted:
         write_csv(run / "planted.csv", planted_rows(subset, controls, args.sscd and score))
     known_labels = torch.from_numpy(data.train_labels).to(device) if record["classes"] else None
-    floor = cached(f"floor {options['process']} {options['eval_images']} {known_labels}", lambda: {
-        "floor": torch.from_numpy(loss_floor(PROCESSES[options["process"]], subset.train,
-                                             known_labels, options["eval_images"]))},
-                   subset.train)["floor"]
+    process, count = options["process"], options["eval_images"]
+    floor = cached(f"floor {process} {count}", lambda: {"floor": torch.from_numpy(
+        loss_floor(PROCESSES[process], subset.train, known_labels, count))},
+        subset.train, *([known_labels] if record["classes"] else []))["floor"]
     for name in todo:
         images, labels, digest = drawn[name]
         row = rows.get(int(name), {})

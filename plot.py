@@ -22,6 +22,8 @@ import json
 import math
 import os
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import matplotlib as mpl
@@ -171,16 +173,17 @@ def tau_intervals(run, draws=200):
     """95 % intervals of the onsets: {name: (low, high)}; inf not reached, absent where unknown.
 
     Of the copy ratios by bootstrap over samples, the same ones at every step, as their noise is the
-    same; of the lowest held-out loss from the evaluation before to the one after it.
+    same (so none where the counts differ); of the held-out loss, which has no such error, from the
+    evaluation before to the one after.
     """
     steps, loss = run.column("heldout_loss")
     k = int(np.argmin(loss))
     found = {"heldout_min": (float(steps[max(k - 1, 0)]),
                              float(steps[k + 1]) if k + 1 < len(steps) else math.inf)}
-    copied = []
-    for file in snapshot_files(run):
-        with np.load(file) as data:
-            copied.append(data["ratios"] < 1 / 3)
+    after = np.flatnonzero(loss[k:] >= 1.25 * loss[k])
+    found["heldout_25"] = ((float(steps[k + after[0] - 1]), float(steps[k + after[0]]))
+                           if len(after) else (math.inf, math.inf))
+    copied = [read_neighbours(file, "ratios") < 1 / 3 for file in snapshot_files(run)]
     if not copied or len({len(c) for c in copied}) > 1:
         return found
     steps, copied = np.array([float(p.stem) for p in snapshot_files(run)]), np.array(copied)
@@ -190,6 +193,15 @@ def tau_intervals(run, draws=200):
         onsets = sorted(crossing(steps, curve, level) for curve in curves)
         found[name] = onsets[round(0.025 * draws)], onsets[round(0.975 * draws) - 1]
     return found
+
+
+def read_neighbours(file, key):
+    """An array of a neighbours file. Raises PlotError where it is damaged."""
+    try:
+        with np.load(file) as data:
+            return data[key]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        raise PlotError(f"{file}: damaged; delete it and run measure.py again") from None
 
 
 def snapshot_files(run):
@@ -352,25 +364,25 @@ def plot_samples(run, path, images=8, columns=6):
     files = snapshot_files(run)
     chosen = {*np.linspace(0, len(files) - 1, columns).round().astype(int)}
     files = [files[k] for k in sorted(chosen)]
-    figure, axes = plt.subplots(images, 2 * len(files), squeeze=False, layout="none",
-                                figsize=(1.5 * len(files) + 0.3, 0.75 * images + 0.7),
-                                gridspec_kw={"wspace": 0.04, "hspace": 0.04, "left": 0.01,
-                                             "right": 0.99, "bottom": 0.01, "top": 0.9})
+    size = read_neighbours(files[0], "samples").shape[1]
+    gap = size // 8 + 1
+    cell, pair = size + gap, 2 * size + 4 * gap             # from a picture, a pair to the next
+    canvas = np.full((images * cell, len(files) * pair, 3), 255, np.uint8)
+    figure, axis = plt.subplots(figsize=(1.55 * len(files), 0.75 * images + 0.5))
     for column, file in enumerate(files):
-        with np.load(file) as data:
-            for row in range(images):
-                for axis, name in zip(axes[row, 2 * column:2 * column + 2],
-                                      ("samples", "nearest"), strict=True):
-                    axis.set_axis_off()
-                    if row < len(data[name]):
-                        axis.imshow(data[name][row].squeeze(), cmap="gray", vmin=0, vmax=255)
-                        if name == "samples" and data["ratios"][row] < 1 / 3:
-                            axis.add_patch(plt.Rectangle((0, 0), 1, 1, transform=axis.transAxes,
-                                                         fill=False, edgecolor="C3", linewidth=2.5))
-        position = axes[0, 2 * column].get_position()
-        figure.text(position.x0, 0.91, f"step {int(file.stem)}", fontsize=8)
-    figure.text(0.01, 0.96, f"{run.name}: sample | nearest training image; red frame: a copy "
-                "(d1/d2 < 1/3). The same noise in each row.", fontsize=8)
+        ratios = read_neighbours(file, "ratios")
+        axis.text(column * pair, -gap, f"step {int(file.stem)}", fontsize=8)
+        for k, name in enumerate(("samples", "nearest")):
+            left = column * pair + k * cell
+            for row, picture in enumerate(read_neighbours(file, name)[:images]):
+                canvas[row * cell:row * cell + size, left:left + size] = picture
+                if name == "samples" and ratios[row] < 1 / 3:
+                    axis.add_patch(plt.Rectangle((left - 0.5, row * cell - 0.5), size, size,
+                                                 fill=False, edgecolor="C3", linewidth=2.5))
+    axis.imshow(canvas, interpolation="nearest")
+    axis.set_axis_off()
+    axis.set_title(f"{run.name}: sample | nearest training image; red: a copy (d1/d2 < 1/3); "
+                   "a row has the same noise", fontsize=8, loc="left", pad=14)
     save(figure, path)
 
 
@@ -405,8 +417,7 @@ def plot_ratios(run, path, columns=6):
     for name, label, style in curves:
         file = run.path / f"neighbours/{name}.npz"
         if file.exists():
-            with np.load(file) as data:
-                ratios = np.sort(data["ratios"])
+            ratios = np.sort(read_neighbours(file, "ratios"))
             axis.step(ratios, (np.arange(len(ratios)) + 1) / len(ratios), where="post",
                       label=f"{label} ({len(ratios)})", **style)
     for threshold in (1 / 4, 1 / 3, 1 / 2):

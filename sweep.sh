@@ -24,14 +24,18 @@
 #   TRAIN SAMPLE MEASURE    more options for train.py, sample.py, measure.py
 #   PYTHON  the interpreter (python)
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}"      # Slurm runs a copy of this file from elsewhere
 
 die() {
   echo "sweep.sh: $*" >&2
   exit 2
 }
 
-# --- One run: xargs calls `sweep.sh --run "NAME N WIDTH BATCH LR SEED"` with SLOT set -------------
+home=$(dirname "$0")
+if [[ ! -f $home/train.py ]]; then home=${SLURM_SUBMIT_DIR:-$home}; fi  # Slurm runs a copy of this
+[[ -f $home/train.py ]] || die "train.py is not beside this script, nor where sbatch was called"
+cd "$home"
+
+# --- One run: xargs calls `sweep.sh --guard "NAME N WIDTH BATCH LR SEED"`, SLOT set ---------------
 
 stage() {               # run a script, its output to the log
   "$PYTHON" "$@" </dev/null >>"$OUT/logs/$name.log" 2>&1
@@ -51,7 +55,7 @@ run_one() {
   device=${devices[$SLOT]}
   if [[ $device == cpu ]]; then
     export OMP_NUM_THREADS=$THREADS
-  elif [[ $device != cuda ]]; then              # a number; "cuda" is the one Slurm gave
+  else
     export CUDA_VISIBLE_DEVICES=$device
     device=cuda
   fi
@@ -63,17 +67,28 @@ run_one() {
   stage sample.py "$OUT/$name" --device "$device" "${more[@]}" || return 1
   read -r -a more <<<"$MEASURE"
   stage measure.py "$OUT/$name" --device "$device" "${more[@]}" || return 1
-  if [[ $KEEP != all ]]; then
-    find "$OUT/$name/snapshots" -name '*.pt' | sort | head -n -1 | xargs -r rm --
-  fi
-  if [[ $KEEP == none ]]; then rm -f -- "$OUT/$name"/snapshots/*.pt "$OUT/$name/last.pt"; fi
+  tidy "$name"
   echo "done   $name"
 }
 
-if [[ ${1:-} == --run ]]; then
+tidy() {                # remove the weights that KEEP does not keep, of the measured run $1
+  local snapshots=("$OUT/$1"/snapshots/*.pt)
+  case $KEEP in
+  last) rm -f -- "${snapshots[@]:0:${#snapshots[@]}-1}" ;;
+  none) rm -f -- "${snapshots[@]}" "$OUT/$1/last.pt" ;;
+  esac
+}
+
+case ${1:-} in
+--guard)                # xargs gives up when what it runs dies of a signal; an exit 1 it survives
+  "$BASH" "$0" --run "$2" || exit 1
+  exit
+  ;;
+--run)
   run_one "$2"
   exit
-fi
+  ;;
+esac
 
 # --- The grid -------------------------------------------------------------------------------------
 
@@ -104,8 +119,8 @@ cifar10 | paper | full | custom)
 esac
 if [[ $grid == paper ]]; then TRAIN="--process flow --conditional ${TRAIN:-}"; fi
 if [[ $grid == full ]]; then DESIGN=full; fi
-if [[ -n ${SLURM_ARRAY_TASK_ID:-} && -z ${GPUS:-} ]]; then
-  GPUS=${CUDA_VISIBLE_DEVICES:+cuda}
+if [[ -z ${GPUS:-} && -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+  GPUS=${CUDA_VISIBLE_DEVICES//,/ }
 elif [[ -z ${GPUS:-} ]]; then
   GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | xargs || true)
 fi
@@ -114,6 +129,7 @@ DESIGN=${DESIGN:-one} KEEP=${KEEP:-all}
 TRAIN=${TRAIN:-} SAMPLE=${SAMPLE:-} MEASURE=${MEASURE:-} PYTHON=${PYTHON:-python}
 command -v "$PYTHON" >/dev/null || PYTHON=python3
 read -r -a slots <<<"$GPUS"
+((${#slots[@]})) || die "GPUS: names no device"
 THREADS=$(($(nproc) / ${#slots[@]}))
 if ((THREADS < 1)); then THREADS=1; fi
 export DATA OUT TRAIN SAMPLE MEASURE PYTHON GPUS THREADS IMAGES KEEP
@@ -188,7 +204,12 @@ known() {               # images/s and parameters of width $1, batch $2, as runs
 time_model() {          # a few steps of the row $1, so that `known` finds its speed
   local name n width batch lr seed options device=${slots[0]}
   read -r name n width batch lr seed <<<"$1"
-  if [[ $device == cpu ]]; then export OMP_NUM_THREADS=$THREADS; else device=cuda; fi
+  if [[ $device == cpu ]]; then
+    export OMP_NUM_THREADS=$THREADS
+  else
+    export CUDA_VISIBLE_DEVICES=$device
+    device=cuda
+  fi
   train_options
   echo "timing $name" >&2
   "$PYTHON" train.py "${options[@]}" --steps 16 --first-eval 2 --evals-per-doubling 1 \
@@ -196,8 +217,19 @@ time_model() {          # a few steps of the row $1, so that `known` finds its s
     die "$name: cannot be timed, see above"
 }
 
+sample_option() {       # the value of option $1 in SAMPLE, $2 where it has none
+  local word previous='' value=$2
+  for word in $SAMPLE; do
+    if [[ $previous == "$1" ]]; then value=$word; fi
+    previous=$word
+  done
+  echo "$value"
+}
+
 plan() {                # the dry run: a line a run, then the sum
   local row name n width batch lr seed now rate parameters left hours=0 disk=0 unknown=0 count=0
+  local forwards h g
+  forwards=$(($(sample_option --num 2048) * $(sample_option --sampling-steps 250)))
   printf '%-36s %-28s %9s %9s\n' run state hours GB
   for row in "${rows[@]}"; do
     read -r name n width batch lr seed <<<"$row"
@@ -211,16 +243,20 @@ plan() {                # the dry run: a line a run, then the sum
     if [[ -z ${rate:-} ]]; then
       printf '%-36s %-28s %9s %9s\n' "$name" "$now" "?" "?" && unknown=$((unknown + 1)) && continue
     fi
-    # last.pt holds weights, average and Adam's two moments, a snapshot the average: 4 bytes each.
+    # Of a training step, sampling does the forward third. last.pt holds weights, average and
+    # Adam's two moments, a snapshot the average: 4 bytes a parameter each.
     read -r h g < <(awk -v left="$left" -v rate="$rate" -v p="$parameters" -v keep="$KEEP" \
-      -v steps="$(last_step "$batch")" 'BEGIN {
-        shots = keep == "all" ? 2 + int(2 * log(steps / 64 + 1) / log(2)) : keep == "last"
-        print left / rate / 3600, (shots + (keep == "none" ? 0 : 4)) * 4 * p / 1e9 }')
+      -v steps="$(last_step "$batch")" -v drawn="$(lines "$OUT/$name/metrics.csv")" \
+      -v forwards="$forwards" 'BEGIN {
+        shots = 2 + int(2 * log(steps / 64 + 1) / log(2))
+        sampled = drawn > 1 ? drawn - 1 : 0
+        kept = keep == "all" ? shots + 4 : keep == "last" ? 5 : 0
+        print (left + (shots - sampled) * forwards / 3) / rate / 3600, kept * 4 * p / 1e9 }')
     printf '%-36s %-28s %9.2f %9.2f\n' "$name" "$now" "$h" "$g"
     hours=$(awk "BEGIN { print $hours + $h }") disk=$(awk "BEGIN { print $disk + $g }")
   done
   echo "$grid: ${#rows[@]} runs in $OUT, $count to do, ${#slots[@]} at a time"
-  printf 'training that is left: %.2f hours in all, %.2f a slot; weights: %.1f GB (KEEP=%s)\n' \
+  printf 'training and sampling left: %.2f hours, %.2f a slot; weights kept: %.1f GB (KEEP=%s)\n' \
     "$hours" "$(awk "BEGIN { print $hours / ${#slots[@]} }")" "$disk" "$KEEP"
   if ((unknown)); then
     echo "$unknown runs have a model size that never ran here: --dry-run --time times them"
@@ -239,12 +275,12 @@ status() {              # a table of what the runs' files say
   done
 }
 
-todo=() task=${SLURM_ARRAY_TASK_ID:-}
+todo=() finished=() task=${SLURM_ARRAY_TASK_ID:-}
 for row in "${rows[@]}"; do
   read -r name n width batch lr seed <<<"$row"
   if [[ -n $only && $name != "$only" ]]; then continue; fi
   if [[ -n $task && $row != "${rows[$task]:-}" ]]; then continue; fi
-  if [[ $(state "$name" "$batch") != "done" ]]; then todo+=("$row"); fi
+  if [[ $(state "$name" "$batch") != "done" ]]; then todo+=("$row"); else finished+=("$name"); fi
 done
 case $mode in
 --list) printf '%s\n' "${rows[@]%% *}" && exit ;;
@@ -267,13 +303,24 @@ if [[ -z $single ]]; then
   echo "$grid: ${#rows[@]} runs in $OUT, ${#todo[@]} to do, ${#slots[@]} at a time"
   # The lock is the kernel's, and the runs inherit it: it holds until the last of them has ended.
   exec 9>"$OUT/.lock"
-  flock -n 9 || die "OUT=$OUT: another sweep, or a run that one left behind, works in this folder"
+  flock -w 1 9 || die "OUT=$OUT: another sweep, or a run that one left behind, works in this folder"
 fi
-trap 'echo; echo "interrupted: $again from the last checkpoints" >&2; exit 130' INT TERM
+for name in "${finished[@]}"; do tidy "$name"; done     # one was killed between the two
 if ((${#todo[@]})); then
-  # A failed run exits with 1; xargs goes on with the others, and below each run is looked at anew.
-  printf '%s\n' "${todo[@]}" | xargs -d '\n' -n 1 -P "${#slots[@]}" --process-slot-var=SLOT \
-    "$BASH" "$PWD/sweep.sh" --run || true
+  set -m                # a process group of its own: all that xargs starts can be ended at once
+  xargs -d '\n' -n 1 -P "${#slots[@]}" --process-slot-var=SLOT "$BASH" "$PWD/sweep.sh" --guard \
+    < <(printf '%s\n' "${todo[@]}") &
+  runner=$!
+  set +m
+  stop() {
+    kill -TERM -- "-$runner" || true
+    wait || true
+    echo "interrupted: $again from the last checkpoints" >&2
+    exit 130
+  }
+  trap stop INT TERM
+  wait "$runner" || true                        # a failed run is looked at below
+  trap - INT TERM
 fi
 failed=0
 for row in "${todo[@]}"; do
@@ -283,7 +330,10 @@ for row in "${todo[@]}"; do
   echo "FAILED $name, see $OUT/logs/$name.log:" >&2
   tail -n 3 "$OUT/logs/$name.log" 2>/dev/null | sed 's/^/    /' >&2 || true
 done
-if [[ -z $single ]]; then "$PYTHON" plot.py "$OUT"; fi
+if [[ -z $single ]] && ! "$PYTHON" plot.py "$OUT"; then
+  echo "sweep.sh: plot.py failed, see above; then ./sweep.sh $* draws again" >&2
+  if ((!failed)); then exit 1; fi
+fi
 if ((failed)); then
   echo "sweep.sh: $failed of ${#rows[@]} runs failed; mend the cause, then $again" >&2
   exit 1

@@ -124,8 +124,11 @@ def read_csv(path):
 
 
 def save(path, value):
-    """torch.save, atomically."""
-    write_atomic(path, lambda file: torch.save(value, file))
+    """torch.save, atomically. Raises OSError, also where torch has another name for a full disk."""
+    try:
+        write_atomic(path, lambda file: torch.save(value, file))
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
 
 
 def write_json(path, value):
@@ -608,7 +611,8 @@ def evaluation_steps(steps, per_doubling=2, first=64):
 # Options
 # --------------------------------------------------------------------------------------------------
 
-# Options that say where, how fast or how long, not what: they may change when a run is continued.
+# Options that say where, how fast or how long: they may change when a run is continued, although
+# another device draws other numbers.
 NOT_IDENTITY = ("out", "steps", "images", "device", "compile", "save_minutes")
 
 
@@ -681,7 +685,8 @@ def run_name(args):
         value = getattr(args, key)
         if key in (*NOT_IDENTITY, "n", "width", "batch", "lr", "seed") or value == default:
             continue
-        text = "-".join(map(str, value)) if isinstance(value, list) else Path(str(value)).stem
+        text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = Path(text).stem if key == "data" else text
         name += {"data": f"_{text}", "process": f"_{text}"}.get(
             key, f"_{key}" if value is True else f"_{key}{text}")
     return name
@@ -694,14 +699,18 @@ def run_name(args):
 
 def describe(args, data, net):
     """What args.json holds: the options, and all that the next stages and a reader must know."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                         text=True, capture_output=True, cwd=Path(__file__).parent, check=False)
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
+            capture_output=True, cwd=Path(__file__).parent, check=False).stdout.strip()
+    except OSError:                                 # no git on this machine
+        commit = ""
     return {"options": vars(args), "parameters": sum(p.numel() for p in net.parameters()),
             "image_shape": list(data.train_images.shape[1:]), "classes": net.classes,
             "held_out": len(data.test_images), "subset_sha256": subset_hash(data),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__, "cuda": torch.version.cuda},
-            "git_commit": git.stdout.strip() or "unknown"}
+            "git_commit": commit or "unknown"}
 
 
 def read_run(run):
@@ -743,6 +752,8 @@ def claimed(out, record):
                              "use another folder")
         if not old or old["options"] != record["options"]:
             write_json(out / "args.json", record)
+        for left in (*out.glob(".*.tmp"), *out.glob("snapshots/.*.tmp")):
+            left.unlink()                           # of a run that was killed while it wrote
         yield
     except BlockingIOError:
         raise InputError(f"--out {out}: another process is training in it") from None
@@ -758,7 +769,7 @@ def load_checkpoint(path, device="cpu"):
         raise InputError(f"{path}: no such file") from None
     except UNREADABLE as error:
         raise InputError(f"{path}: damaged, or no checkpoint ({type(error).__name__}); "
-                         "delete it to make it anew") from None
+                         "to train this run again, delete its last.pt and log.csv") from None
 
 
 def build_net(options, channels, classes):
@@ -787,20 +798,31 @@ def pick_device(name):
     return torch.device(name)
 
 
-def join_processes():
-    """(rank, world size): torchrun's, joined through torch.distributed; (0, 1) without it."""
+def join_processes(device):
+    """(device, rank, world size) under torchrun, joined by torch.distributed; else (device, 0, 1).
+
+    On CUDA each process of a machine takes the device of its LOCAL_RANK. Raises InputError.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+        return device, 0, 1
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                          timeout=datetime.timedelta(hours=1))
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return device, torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def has_bf16():
+    """Whether the card computes in bfloat16 itself; an emulation is slower than float16."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def amp_dtype(device, amp="auto"):
     """torch.bfloat16, torch.float16 or None (no autocast), as --amp and the device say."""
     if amp == "auto":
         amp = ("off" if device.type == "cpu"
-               else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+               else "bf16" if has_bf16() else "fp16")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
@@ -813,7 +835,8 @@ def autocast(device, amp="auto"):
 def setup_cuda():
     """The same bits every time on one machine, and TF32 for what autocast leaves in float32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Not warn_only: attention's backward pass is the deterministic one only if this is strict.
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
@@ -875,13 +898,9 @@ def main(argv=None):
     Raises SystemExit: 2 on bad input, 1 when the loss is not finite or a file cannot be written.
     """
     args = parse(argv)
-    device = pick_device(args.device)
-    rank, world = join_processes()
+    device, rank, world = join_processes(pick_device(args.device))
     if args.batch % world:
         raise InputError(f"--batch {args.batch}: {world} processes cannot share it evenly")
-    if world > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     wait = torch.distributed.barrier if world > 1 else lambda: None
     if rank:
         wait()                                      # the first process downloads, for all
@@ -919,13 +938,20 @@ def train(args, out, data, net, device, rank=0, world=1):
         last = load_checkpoint(out / "last.pt", device)
         for name, part in parts.items():
             part.load_state_dict(last[name])
-        start, seconds = last["step"], last["seconds"]
-        rows = [row for row in read_csv(out / "log.csv") if int(row["step"]) <= start]
+        start, seconds, rows = last["step"], last["seconds"], last["rows"]
+        del last
+    elif logged := read_csv(out / "log.csv"):
+        start = int(logged[-1]["step"])
+        if start < args.steps:
+            raise InputError(f"{out}/last.pt: missing, so the run cannot go on from step {start}; "
+                             "delete log.csv to start it over")
     if start >= args.steps:
         if not rank:
             print(f"{out}: finished at step {start}; nothing to do")
         return
 
+    if rows and not rank:
+        write_csv(out / "log.csv", rows)        # as the checkpoint knows it, whatever became of it
     process = PROCESSES[args.process]
     model = net
     if args.compile and device.type == "cuda":
@@ -962,7 +988,8 @@ def train(args, out, data, net, device, rank=0, world=1):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(ema_params, params, 1 - min(args.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(ema_params, params, 1 - min(args.ema, (1 + step) / (10 + step)))
 
         loss = loss.detach()
         if world > 1:
@@ -992,8 +1019,8 @@ def train(args, out, data, net, device, rank=0, world=1):
             write_csv(out / "log.csv", rows)
             bar.write(f"step {step:7d}  train {train_loss[0]:.5f}  "
                       f"held-out {heldout_loss[0]:.5f}  {rate:.0f} images/s")
-        save(out / "last.pt", {"step": step, "seconds": seconds + time.monotonic() - began}
-             | {name: part.state_dict() for name, part in parts.items()})
+        save(out / "last.pt", {"step": step, "seconds": seconds + time.monotonic() - began,
+                               "rows": rows, **{k: part.state_dict() for k, part in parts.items()}})
         good, lap, lap_step = step, time.monotonic(), step
     bar.close()
 

@@ -3,6 +3,7 @@ written.
 """
 
 import csv
+import importlib
 import json
 import math
 import subprocess
@@ -82,7 +83,7 @@ def test_onsets_rate_and_best_fidelity_of_a_known_run(tmp_path):
 def test_intervals_hold_the_onset_and_narrow_with_its_slope(tmp_path):
     run = plot.Run(made_up(tmp_path, 300.0))
     onset, intervals = plot.taus(run), plot.tau_intervals(run)
-    assert set(intervals) == {"heldout_min", "copy_01", "copy_10", "copy_50"}
+    assert set(intervals) == set(plot.TAUS)
     for name, (low, high) in intervals.items():
         assert low < onset[name] < high
     assert 1.1 < intervals["copy_10"][1] / intervals["copy_10"][0] < 3
@@ -177,3 +178,10 @@ def test_bad_input(tmp_path, refused):
 def test_plot_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; import plot"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "measure", "plot"])
+def test_every_script_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).main(["--help"])
+    assert stop.value.code == 0 and "usage" in capsys.readouterr().out
