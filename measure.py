@@ -149,12 +149,12 @@ def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
 
 
 def copy_ratios(distances):
-    """d1/d2 of each query (Yoon; Bonnaire, arXiv 2505.17638).
+    """d1/d2 of each query (Yoon; Bonnaire, arXiv 2505.17638): (Q, 2) -> (Q,) in [0, 1].
 
-    (Q, 2) -> (Q,) in [0, 1]; 1 where both are 0.
+    1, no copy, where both are 0 or there is no second image to compare with.
     """
     d1, d2 = distances.double().unbind(1)
-    return torch.where(d2 > 0, d1 / d2, torch.ones_like(d1))
+    return torch.where((d2 > 0) & d2.isfinite(), d1 / d2, torch.ones_like(d1))
 
 
 def wilson(k, n, z=1.959964):

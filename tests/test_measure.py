@@ -422,6 +422,19 @@ def test_measuring_again_gives_the_same_file(tiny_run, tmp_path):
     assert (run / "metrics.csv").read_bytes() == (tiny_run / "metrics.csv").read_bytes()
 
 
+def test_two_training_images_and_one_sample(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "r"
+    train.main([*TINY, "--n", "2", "--steps", "4", "--out", str(run)])
+    sample.main([str(run), "--num", "1", "--sampling-steps", "2", "--device", "cpu"])
+    measure.main([str(run), "--device", "cpu"])
+    row = metrics(run)[0]
+    assert row["samples"] == "1" and row["copy_ratio"] == "0.0" and row["fid_pixels_train"] == "nan"
+    assert float(row["sw_pixels_train"]) > 0
+    controls = {r["name"]: r for r in metrics(run, "controls.csv")}
+    assert float(controls["leave_one_out"]["copy_ratio"]) == 0
+
+
 def test_bad_samples_are_named(tiny_run, tmp_path, refused):
     run = tmp_path / "r"
     shutil.copytree(tiny_run, run)

@@ -132,9 +132,11 @@ def processes_of(out):
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_tables(left_alone, tmp_path):
+    # KILLS=20 python -m pytest -k random_moments is for those who want to be surer
     out, chance = tmp_path / "runs", random.Random(0)
+    rounds = [chance.choice(["all", "one"]) for _ in range(int(os.environ.get("KILLS", "2")))]
     env = {**os.environ, **TINY, "OUT": str(out), "TRAIN": TINY["TRAIN"] + " --save-minutes 0"}
-    for whom in ("all", "one"):
+    for whom in rounds:
         with subprocess.Popen([str(ROOT / "sweep.sh"), "toy"], env=env, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL) as process:
             time.sleep(chance.uniform(1, 5))

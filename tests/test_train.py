@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import resource
 import shutil
 import signal
 import subprocess
@@ -373,6 +374,21 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state(tmp_path, refus
     refused(train.main, [*TINY, "--steps", "9", "--lr", "1e18", "--out", run],
             "step 2", "last good state, of step 1", code=1)
     assert (run / "last.pt").read_bytes() == good
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path):
+    run = tmp_path / "r"
+    train.main([*TINY, "--steps", "4", "--out", str(run)])
+    before = (run / "last.pt").read_bytes()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *TINY, "--steps", "9", "--out", str(run)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        capture_output=True, check=False, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "error" in done.stderr
+    assert (run / "last.pt").read_bytes() == before
+    train.main([*TINY, "--steps", "9", "--out", str(run)])
+    train.main([*TINY, "--steps", "9", "--out", str(tmp_path / "a")])
+    assert same_state(run, tmp_path / "a")
 
 
 # --- Names and bad input --------------------------------------------------------------------------
