@@ -96,6 +96,27 @@ def _screen(queries, references, center, k, exclude, groups):
     return best, index, largest
 
 
+def _best_two(q, r, index, groups, barred):
+    """The nearest of a few candidates, and the nearest outside its group: squares, indices (Q, 2).
+
+    index (Q, k): the candidates of each query, of which `barred` (Q, k) do not count. Distances
+    come from differences in float64. inf and -1 where there is none; ties go to the lower index.
+    """
+    index, order = index.sort(dim=1)
+    rows = max(1, 2**23 // (index.shape[1] * q.shape[1]))           # 64 MB of differences at a time
+    squared = torch.cat([(a[:, None].double() - r[i].double()).square().sum(2)
+                         for a, i in zip(q.split(rows), index.split(rows), strict=True)])
+    squared[barred.gather(1, order)] = math.inf
+    first = squared.argmin(1, keepdim=True)
+    outside = groups[index] != groups[index.gather(1, first)]
+    second = squared.masked_fill(~outside, math.inf).argmin(1, keepdim=True)
+    pair = torch.cat([first, second], 1)
+    values, found = squared.gather(1, pair), index.gather(1, pair)
+    values[:, 1:][~outside.gather(1, second)] = math.inf
+    found[values == math.inf] = -1
+    return values, found
+
+
 def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
     """The nearest reference of each query, and the nearest outside the group of that one.
 
@@ -106,7 +127,7 @@ def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
     inf and -1 where there is no second group. Exact: a matrix product in float32 picks the
     candidates, their distances are computed anew from differences in float64, and where the
     product's rounding could have hidden a nearer one, more candidates are taken, in the end all.
-    Memory beyond the inputs: the queries once more, and about 200 MB.
+    Memory beyond the inputs: the queries once more, and about 300 MB.
     Raises InputError on a number that is not finite.
     """
     q, r = queries.flatten(1), references.flatten(1)
@@ -115,36 +136,24 @@ def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
     groups = torch.arange(len(r), device=r.device) if groups is None else groups
     distances = torch.full((len(q), 2), math.inf, dtype=torch.float64, device=q.device)
     indices = torch.full((len(q), 2), -1, dtype=torch.int64, device=q.device)
-    center = r[:4096].mean(0)
-    todo = torch.arange(len(q), device=q.device)
-    with exact_float32():
-        while len(todo):
-            k = min(candidates, len(r))
-            centered = (q[todo] - center).float()
-            not_own = None if exclude is None else exclude[todo]
-            score, index, largest = _screen(centered, r, center, k, not_own, groups)
-            index, order = index.sort(dim=1)                # so that a tie goes to the lower index
-            score = score.gather(1, order)
-            exact = torch.cat([
-                (q[rows, None].double() - r[i].double()).square().sum(2) for rows, i in zip(
-                    todo.split(max(1, 2**24 // (k * q.shape[1]))),
-                    index.split(max(1, 2**24 // (k * q.shape[1]))))])
-            exact[score == math.inf] = math.inf             # excluded, or fewer than k references
-            first = exact.argmin(1, keepdim=True)
-            outside = groups[index] != groups[index.gather(1, first)]
-            second_distance = exact.masked_fill(~outside, math.inf)
-            second = second_distance.argmin(1, keepdim=True)
-            pair = torch.cat([exact.gather(1, first), second_distance.gather(1, second)], 1)
+    center, todo, k = r[:4096].mean(0), torch.arange(len(q), device=q.device), candidates
+    while len(todo):
+        k, unsure = min(k, len(r)), []
+        for part in todo.split(max(1, 2**24 // k)):
+            centered = (q[part] - center).float()
+            with exact_float32():
+                score, index, largest = _screen(
+                    centered, r, center, k, None if exclude is None else exclude[part], groups)
+            values, found = _best_two(q[part], r, index, groups, score == math.inf)
             # A reference that was not picked scores at least max(score); the product's error is at
             # most 2 (D + 8) u (|q| + |r|)^2 with u = 2^-24, so its distance^2 is at least `beyond`.
             norm = centered.double().square().sum(1)
             error = 2 * (q.shape[1] + 8) * 2**-24 * (norm.sqrt() + largest) ** 2
             beyond = score.double().amax(1) + norm - error
-            sure = (pair[:, 1] < beyond) | (k == len(r))
-            found = torch.cat([index.gather(1, first), index.gather(1, second)], 1)
-            found[pair == math.inf] = -1
-            distances[todo[sure]], indices[todo[sure]] = pair[sure].sqrt(), found[sure]
-            todo, candidates = todo[~sure], k * 8
+            sure = (values[:, 1] < beyond) | (k == len(r))
+            distances[part[sure]], indices[part[sure]] = values[sure].sqrt(), found[sure]
+            unsure.append(part[~sure])
+        todo, k = torch.cat(unsure), 8 * k
     return distances, indices
 
 

@@ -920,6 +920,24 @@ def main(argv=None):
         torch.distributed.destroy_process_group()
 
 
+def resume(out, parts, steps, device):
+    """Load last.pt into `parts` ({name: net, average, ...}); returns (step, seconds, log rows).
+
+    (0, 0, []) where the run has not started. Raises InputError where it has, and last.pt is gone.
+    """
+    if (out / "last.pt").exists():
+        last = load_checkpoint(out / "last.pt", device)
+        for name, part in parts.items():
+            part.load_state_dict(last[name])
+        return last["step"], last["seconds"], last["rows"]
+    logged = read_csv(out / "log.csv")
+    step = int(logged[-1]["step"]) if logged else 0
+    if 0 < step < steps:
+        raise InputError(f"{out}/last.pt: missing, so the run cannot go on from step {step}; "
+                         "delete log.csv to start it over")
+    return step, 0.0, logged
+
+
 def train(args, out, data, net, device, rank=0, world=1):
     """Train `net` on `data` from the last checkpoint in `out`, or from the start, to args.steps.
 
@@ -933,18 +951,7 @@ def train(args, out, data, net, device, rank=0, world=1):
     optimizer = torch.optim.Adam(params, lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
     parts = {"net": net, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    start, seconds, rows = 0, 0.0, []
-    if (out / "last.pt").exists():
-        last = load_checkpoint(out / "last.pt", device)
-        for name, part in parts.items():
-            part.load_state_dict(last[name])
-        start, seconds, rows = last["step"], last["seconds"], last["rows"]
-        del last
-    elif logged := read_csv(out / "log.csv"):
-        start = int(logged[-1]["step"])
-        if start < args.steps:
-            raise InputError(f"{out}/last.pt: missing, so the run cannot go on from step {start}; "
-                             "delete log.csv to start it over")
+    start, seconds, rows = resume(out, parts, args.steps, device)
     if start >= args.steps:
         if not rank:
             print(f"{out}: finished at step {start}; nothing to do")
