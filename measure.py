@@ -83,11 +83,11 @@ def _screen(queries, references, center, k, exclude, groups):
     largest = 0.0
     for start in range(0, len(references), 4096):
         r = (references[start:start + 4096] - center).float()
-        r2 = r.double().square().sum(1)
+        r2 = r.square().sum(1)
         largest = max(largest, r2.max().sqrt().item())
         for rows in torch.arange(len(queries), device=queries.device).split(2048):
             q = slice(int(rows[0]), int(rows[-1]) + 1)
-            score = torch.addmm(r2.float(), queries[q], r.T, alpha=-2)              # (rows, block)
+            score = torch.addmm(r2, queries[q], r.T, alpha=-2)              # (rows, block)
             if exclude is not None:
                 score.masked_fill_(groups[start:start + len(r)] == exclude[q, None], math.inf)
             value, where = score.topk(min(k, len(r)), dim=1, largest=False)
@@ -103,7 +103,7 @@ def _best_two(q, r, index, groups, barred):
     come from differences in float64. inf and -1 where there is none; ties go to the lower index.
     """
     index, order = index.sort(dim=1)
-    rows = max(1, 2**23 // (index.shape[1] * q.shape[1]))           # 64 MB of differences at a time
+    rows = max(1, 2**19 // (index.shape[1] * q.shape[1]))           # so few that they stay in cache
     squared = torch.cat([(a[:, None].double() - r[i].double()).square().sum(2)
                          for a, i in zip(q.split(rows), index.split(rows), strict=True)])
     squared[barred.gather(1, order)] = math.inf
@@ -131,7 +131,7 @@ def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
     Raises InputError on a number that is not finite.
     """
     q, r = queries.flatten(1), references.flatten(1)
-    if not (q.isfinite().all() and r.isfinite().all()):
+    if not all(torch.stack(torch.aminmax(x)).isfinite().all() for x in (q, r)):
         raise InputError("two_nearest: the images hold numbers that are not finite")
     groups = torch.arange(len(r), device=r.device) if groups is None else groups
     distances = torch.full((len(q), 2), math.inf, dtype=torch.float64, device=q.device)

@@ -364,25 +364,27 @@ def plot_samples(run, path, images=8, columns=6):
     files = snapshot_files(run)
     chosen = {*np.linspace(0, len(files) - 1, columns).round().astype(int)}
     files = [files[k] for k in sorted(chosen)]
-    size = read_neighbours(files[0], "samples").shape[1]
-    gap = size // 8 + 1
-    cell, pair = size + gap, 2 * size + 4 * gap             # from a picture, a pair to the next
+    zoom = max(1, 64 // read_neighbours(files[0], "samples").shape[1])
+    size = zoom * read_neighbours(files[0], "samples").shape[1]
+    cell, pair = round(1.06 * size), round(2.3 * size)      # from a picture, a pair to the next
     canvas = np.full((images * cell, len(files) * pair, 3), 255, np.uint8)
-    figure, axis = plt.subplots(figsize=(1.55 * len(files), 0.75 * images + 0.5))
+    figure, axis = plt.subplots(figsize=(1.5 * len(files), 0.7 * images + 0.6))
     for column, file in enumerate(files):
         ratios = read_neighbours(file, "ratios")
-        axis.text(column * pair, -gap, f"step {int(file.stem)}", fontsize=8)
+        axis.text(column * pair, -0.12 * size, f"step {int(file.stem)}", fontsize=8)
         for k, name in enumerate(("samples", "nearest")):
             left = column * pair + k * cell
             for row, picture in enumerate(read_neighbours(file, name)[:images]):
-                canvas[row * cell:row * cell + size, left:left + size] = picture
+                top = row * cell
+                canvas[top:top + size, left:left + size] = picture.repeat(zoom, 0).repeat(zoom, 1)
                 if name == "samples" and ratios[row] < 1 / 3:
-                    axis.add_patch(plt.Rectangle((left - 0.5, row * cell - 0.5), size, size,
-                                                 fill=False, edgecolor="C3", linewidth=2.5))
+                    axis.add_patch(plt.Rectangle((left, top), size, size, fill=False,
+                                                 edgecolor="C3", linewidth=2.5))
+    axis.text(0, -0.6 * size, f"{run.name}: sample | nearest training image. Red: a copy "
+              "(d1/d2 < 1/3). A row has the same noise.", fontsize=8)
     axis.imshow(canvas, interpolation="nearest")
+    axis.set(xlim=(-4, canvas.shape[1]), ylim=(canvas.shape[0], -0.9 * size))
     axis.set_axis_off()
-    axis.set_title(f"{run.name}: sample | nearest training image; red: a copy (d1/d2 < 1/3); "
-                   "a row has the same noise", fontsize=8, loc="left", pad=14)
     save(figure, path)
 
 
