@@ -434,7 +434,7 @@ def plot_tau(factor, groups, path):
     onsets = [tau for runs in groups.values() for run in runs for tau in taus(run).values()]
     if not np.isfinite(onsets).any():
         return
-    figure, axis = plt.subplots(figsize=(5.2, 3.8))
+    figure, axis = plt.subplots(figsize=(7, 3.8))
     for color, marker, (name, text) in zip(palette(len(TAUS)), "os^Dv", TAUS.items(), strict=True):
         points = [(value, taus(run)[name]) for value, runs in groups.items() for run in runs]
         points = np.array([p for p in points if math.isfinite(p[1])])
@@ -451,7 +451,7 @@ def plot_tau(factor, groups, path):
     axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     log_ticks(axis.yaxis)
     axis.set(xlabel=FACTORS[factor], ylabel="onset of memorization, step")
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right center")
     save(figure, path)
 
 
