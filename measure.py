@@ -749,7 +749,8 @@ def parse(argv):
                    "two models' samples from the same noise, into twin_NAME.csv")
     p.add_argument("--planted", action="store_true", help="measure planted copies of the training "
                    "images, into planted.csv: what each measure of copying catches")
-    p.add_argument("--num", type=int, help="samples a snapshot (all there are)")
+    p.add_argument("--num", type=int, help="samples a snapshot (all there are); another number "
+                   "than before measures anew")
     p.add_argument("--data", help="where the training images are, if not where train.py found them")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = p.parse_args(argv)
@@ -849,6 +850,8 @@ def main(argv=None):
     todo = [name for name in have if not is_done(name)]
     print(f"{run}: {len(todo)} of {len(have)} snapshots to measure, {', '.join(spaces)}, on "
           f"{device}", flush=True)
+    if any(rows.get(int(n), {}).get("samples_digest") not in (None, drawn[n][2]) for n in todo):
+        print(f"{run}: measured before with other samples; those rows are replaced", flush=True)
 
     subset = Subset(data, options["flip"], device)
     controls = subset.controls()
@@ -865,6 +868,7 @@ def main(argv=None):
         return similarity_row(spaces["sscd"][0](images), *references["sscd"].values())
     if args.planted:
         write_csv(run / "planted.csv", planted_rows(subset, controls, args.sscd and score))
+        print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
     known_labels = torch.from_numpy(data.train_labels).to(device) if record["classes"] else None
     process, count = options["process"], options["eval_images"]
     floor = cached(f"floor {process} {count}", lambda: {"floor": torch.from_numpy(

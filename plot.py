@@ -44,6 +44,7 @@ NORMALISED = {"n": lambda v, low: low / v, "batch": lambda v, low: v / low,
 TAUS = {"heldout_min": "held-out loss lowest", "heldout_25": "held-out loss 25 % up",
         "copy_01": "copy ratio .01", "copy_10": "copy ratio .1", "copy_50": "copy ratio .5"}
 COPY_LEVELS = {"copy_01": 0.01, "copy_10": 0.1, "copy_50": 0.5}
+LOWEST_LOSS = 1e-4          # where the axes of the loss by noise level end
 NOT_CONFIG = {*FACTORS, "seed", "steps", "images", "out", "device", "compile", "amp",
               "save_minutes"}
 
@@ -272,7 +273,7 @@ def draw(axis, runs, column, scale=1.0, **style):
         return
     values = np.array([[t[s] for s in steps] for t in tables])
     x = np.array(steps) * scale
-    axis.plot(x, values.mean(0), **style)
+    axis.plot(x, values.mean(0), marker="." if len(steps) == 1 else None, **style)
     if len(runs) > 1:
         axis.fill_between(x, values.min(0), values.max(0), color=style.get("color"), alpha=0.15,
                           linewidth=0)
@@ -368,7 +369,8 @@ def plot_samples(run, path, images=8, columns=6):
     size = zoom * read_neighbours(files[0], "samples").shape[1]
     cell, pair = round(1.06 * size), round(2.3 * size)      # from a picture, a pair to the next
     canvas = np.full((images * cell, len(files) * pair, 3), 255, np.uint8)
-    figure, axis = plt.subplots(figsize=(1.5 * len(files), 0.7 * images + 0.6))
+    figure = plt.figure(figsize=(max(6.0, 1.5 * len(files)), 0.7 * images + 0.7), layout="none")
+    axis = figure.add_axes((0.01, 0.01, 0.98, 0.98), anchor="NW")
     for column, file in enumerate(files):
         ratios = read_neighbours(file, "ratios")
         axis.text(column * pair, -0.12 * size, f"step {int(file.stem)}", fontsize=8)
@@ -380,10 +382,10 @@ def plot_samples(run, path, images=8, columns=6):
                 if name == "samples" and ratios[row] < 1 / 3:
                     axis.add_patch(plt.Rectangle((left, top), size, size, fill=False,
                                                  edgecolor="C3", linewidth=2.5))
-    axis.text(0, -0.6 * size, f"{run.name}: sample | nearest training image. Red: a copy "
-              "(d1/d2 < 1/3). A row has the same noise.", fontsize=8)
+    axis.text(0, -0.75 * size, f"{run.name}: sample | nearest training image", fontsize=8)
+    axis.text(0, -0.45 * size, "Red: a copy (d1/d2 < 1/3). A row has the same noise.", fontsize=8)
     axis.imshow(canvas, interpolation="nearest")
-    axis.set(xlim=(-4, canvas.shape[1]), ylim=(canvas.shape[0], -0.9 * size))
+    axis.set(xlim=(-4, canvas.shape[1]), ylim=(canvas.shape[0], -size))
     axis.set_axis_off()
     save(figure, path)
 
@@ -394,10 +396,15 @@ def plot_levels(run, path):
     for k, axis in enumerate(axes.flat):
         draw(axis, [run], f"train_loss_level{k}", color="C0", label="train")
         draw(axis, [run], f"heldout_loss_level{k}", color="C0", linestyle="--", label="held-out")
-        draw(axis, [run], f"floor_level{k}", color="C1", linestyle=":", label="perfect memorizer")
-        axis.set(xscale="log", title=f"t in [{k / 10:.1f}, {(k + 1) / 10:.1f}]")
+        _, floor = run.column(f"floor_level{k}")
+        if len(floor):
+            axis.axhline(max(floor[-1], LOWEST_LOSS), color="C1", linestyle="--", linewidth=2.5,
+                         clip_on=False, label=f"perfect memorizer ({LOWEST_LOSS:g} or less: below)")
+        side = {0: ", least noise", 9: ", most noise"}.get(k, "")
+        axis.set(xscale="log", yscale="log", title=f"t in [{k / 10:.1f}, {(k + 1) / 10:.1f}]{side}")
+        axis.set_ylim(bottom=LOWEST_LOSS)
         log_ticks(axis.xaxis)
-        axis.set_ylim(bottom=0)
+        log_ticks(axis.yaxis)
     for axis in axes[-1]:
         axis.set_xlabel("step")
     for axis in axes[:, 0]:
@@ -594,7 +601,8 @@ def claim_double_descent(runs):
               for key, name in (("fid", "FID"), ("sw", "SW")) for split in ("train", "heldout")}
     together = [np.corrcoef(*(np.log(run.column(f"{key}_{{space}}_heldout")[1])
                               for key in ("fid", "sw")))[0, 1] for run in copying]
-    text = (f"of {len(copying)} runs that copy: " + ", ".join(f"{k} {v}" for k, v in counts.items())
+    text = (f"of {len(copying)} runs that reach copy ratio .1: "
+            + ", ".join(f"{k} {v}" for k, v in counts.items())
             + f"; correlation of log FID and log SW: median {np.median(together):.2f}")
     share = min(counts.values()) / len(copying)
     return text, ("supported" if share > 0.5 else
@@ -667,6 +675,8 @@ def claim_same_rate(groups):
 def with_interval(row, column):
     """A cell of claims.md: the value, and its interval where the row has one."""
     low, high = (row.get(f"{column}_{end}", "") for end in ("low", "high"))
+    if low == row[column]:                          # not reached, in no draw
+        return low or "-"
     return (f"{row[column]} [{low}, {high}]" if low else str(row[column])) or "-"
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train, sample and measure every run of a grid, then plot. Started again, it continues.
 #
-#   ./sweep.sh toy                the study in miniature: offline, CPU, under 30 minutes on 2 cores
+#   ./sweep.sh toy                the study in miniature: offline, CPU, 15 minutes on 2 cores
 #   ./sweep.sh cifar10            one factor at a time, 14 runs (DDPM, unconditional)
 #   ./sweep.sh paper              the same 14 with the study's rectified flow, class-conditional
 #   ./sweep.sh full               the factorial of the same values, 320 runs
@@ -93,6 +93,9 @@ esac
 # --- The grid -------------------------------------------------------------------------------------
 
 (($# >= 1)) || die "usage: ./sweep.sh toy|cifar10|paper|full|custom [--dry-run|--status|...]"
+if [[ $1 == -h || $1 == --help ]]; then
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit
+fi
 grid=$1 mode=${2:-} only=
 case "$mode $#" in
 " 1" | "--dry-run 2" | "--status 2" | "--list 2") ;;
@@ -256,10 +259,14 @@ plan() {                # the dry run: a line a run, then the sum
     hours=$(awk "BEGIN { print $hours + $h }") disk=$(awk "BEGIN { print $disk + $g }")
   done
   echo "$grid: ${#rows[@]} runs in $OUT, $count to do, ${#slots[@]} at a time"
+  if ((unknown == count && count)); then
+    echo "no model size of these has run here: --dry-run --time times them"
+    return
+  fi
   printf 'training and sampling left: %.2f hours, %.2f a slot; weights kept: %.1f GB (KEEP=%s)\n' \
     "$hours" "$(awk "BEGIN { print $hours / ${#slots[@]} }")" "$disk" "$KEEP"
   if ((unknown)); then
-    echo "$unknown runs have a model size that never ran here: --dry-run --time times them"
+    echo "and $unknown runs of a model size that never ran here: --dry-run --time times them"
   fi
 }
 
@@ -296,7 +303,7 @@ esac
 
 # --- Run, then plot -------------------------------------------------------------------------------
 
-again="./sweep.sh $* continues"
+again="the same command, with the same variables, continues (OUT=$OUT)"
 mkdir -p "$OUT/logs" 2>/dev/null && [[ -w $OUT ]] || die "OUT=$OUT: cannot be written"
 single=$task$only                              # one run among others that run elsewhere: no lock
 if [[ -z $single ]]; then
@@ -315,7 +322,7 @@ if ((${#todo[@]})); then
   stop() {
     kill -TERM -- "-$runner" || true
     wait || true
-    echo "interrupted: $again from the last checkpoints" >&2
+    echo "interrupted: $again" >&2
     exit 130
   }
   trap stop INT TERM
@@ -331,7 +338,7 @@ for row in "${todo[@]}"; do
   tail -n 3 "$OUT/logs/$name.log" 2>/dev/null | sed 's/^/    /' >&2 || true
 done
 if [[ -z $single ]] && ! "$PYTHON" plot.py "$OUT"; then
-  echo "sweep.sh: plot.py failed, see above; then ./sweep.sh $* draws again" >&2
+  echo "sweep.sh: plot.py failed, see above; '$PYTHON plot.py $OUT' draws again" >&2
   if ((!failed)); then exit 1; fi
 fi
 if ((failed)); then

@@ -75,6 +75,8 @@ def command_line(main):
             return main(argv)
         except InputError as error:
             code, message = 2, f"error: {error}"
+        except MemoryError as error:
+            code, message = 2, f"error: does not fit in memory, take fewer images ({error})"
         except (FloatingPointError, OSError) as error:
             code, message = 1, f"error: {error}"
         except KeyboardInterrupt:
@@ -187,7 +189,7 @@ def _read_npz(path):
         with np.load(path) as archive:
             arrays = {key: archive[key] for key in Data._fields if key in archive.files}
     except FileNotFoundError:
-        raise InputError(f"--data {path}: no such file") from None
+        raise InputError(f"--data {path}: no such file (looked for from {Path.cwd()})") from None
     except UNREADABLE as error:
         raise InputError(f"--data {path}: not a readable .npz "
                          f"({type(error).__name__}: {error})") from None
@@ -1030,6 +1032,8 @@ def train(args, out, data, net, device, rank=0, world=1):
                                "rows": rows, **{k: part.state_dict() for k, part in parts.items()}})
         good, lap, lap_step = step, time.monotonic(), step
     bar.close()
+    if not rank:
+        print(f"next: python sample.py {out}", flush=True)
 
 
 if __name__ == "__main__":
