@@ -161,7 +161,7 @@ def test_terminated_it_stops_its_children_and_says_how_to_go_on(tmp_path):
         assert "toy" in process.stdout.readline() and "start" in process.stdout.readline()
         process.terminate()
         text = process.communicate(timeout=20)[0]
-    assert process.returncode == 130 and "./sweep.sh toy continues" in text
+    assert process.returncode == 130 and f"continues (OUT={tmp_path})" in text
     assert not processes_of(tmp_path)
 
 
