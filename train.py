@@ -1,7 +1,7 @@
 """Train one diffusion model on the first n images of a data set; \
 loss, weights and log go to a run folder.
 
-    # a CPU, 2 min
+    # a CPU, 3 min
     python train.py --data toy --n 16 --size 8 --width 32 --mults 1 2 --blocks 1 --steps 2000
     # any GPU
     python train.py --data data/cifar10.npz --n 2048 --width 32 --batch 64 --steps 20000
