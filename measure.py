@@ -16,14 +16,12 @@ Sources: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" 1801.01401 (KID), "Kynk
 """
 
 import argparse
-import ast
 import functools
 import hashlib
 import inspect
 import logging
 import math
 import re
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,6 +214,44 @@ def precision_recall(samples, real, k=3):
     return inside(samples, real), inside(real, samples)
 
 
+# --- Caches: kept in data/cache under what they are made of ---------------------------------------
+
+say_once = functools.cache(functools.partial(print, flush=True))
+FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
+
+
+def digest_of(*things):
+    """64 hex digits of tensors, processes, functions, and what has a key or prints as what it is."""
+    digest = hashlib.sha256()
+    for x in things:
+        if isinstance(x, torch.Tensor):
+            digest.update(x.contiguous().cpu().numpy())
+        text = ((x.shape, x.dtype) if isinstance(x, torch.Tensor)
+                else train.fingerprint(x) if isinstance(x, train.Process)
+                else inspect.getsource(x) if inspect.isroutine(x) else getattr(x, "key", x))
+        digest.update(repr(text).encode())
+    return digest.hexdigest()
+
+
+def cached(function, *things, made_by=FILES):
+    """function(*things), kept in data/cache: tensors, which may come back on the CPU, or numbers.
+
+    Under what it is made of: the things, and the code, which is all of it unless `made_by` says
+    less. The file says so, too; one that says otherwise, or is damaged, is made anew.
+    """
+    key = digest_of(made_by, getattr(function, "__name__", ""), *things)
+    path = Path(f"data/cache/{key[:32]}.pt")
+    try:
+        return train.load_checkpoint(path, key, 0)["value"]
+    except InputError:
+        value = function(*things)
+    try:
+        train.save(path, {"run": key, "step": 0, "value": value})
+    except OSError:
+        say_once("data/cache: cannot be written, so nothing is kept there")
+    return value
+
+
 # --- Features -------------------------------------------------------------------------------------
 
 
@@ -225,12 +261,13 @@ class Space(NamedTuple):
     extract: Callable
     digest: str = "none"            # of the network's file, where there is one
 
-    key = property(lambda s: (s.name, s.digest, source(load_space), source(load_sscd)))
+    key = property(lambda s: digest_of(s.name, s.digest, network_features, inception_net))
 
-
-def extract(space, images):
-    """Features of images, as a function that can be cached."""
-    return space.extract(images)
+    def of_real(self, images):
+        """extract, through the cache where a network is asked."""
+        if self.name == "pixels":
+            return self.extract(images)
+        return cached(self.extract, images, made_by=self.key).to(images.device)
 
 
 def pixel_features(images):
@@ -347,60 +384,6 @@ def load_space(name, weights, device):
         "--features", name, device)
 
 
-# --- Caches: kept in data/cache under what they are made of ---------------------------------------
-
-say_once = functools.cache(functools.partial(print, flush=True))
-
-
-@functools.cache
-def source(function):
-    """The source code of a function or class, and of all of this project that it names."""
-    found, todo = {}, [function]
-    while todo:
-        one = inspect.unwrap(todo.pop())
-        if one in found or one.__module__ not in (function.__module__, __name__, "train", "sample"):
-            continue
-        text, scope = textwrap.dedent(inspect.getsource(one)), vars(inspect.getmodule(one))
-        nodes = list(ast.walk(ast.parse(text)))
-        values = [scope.get(name) for name in sorted({
-            n.id for n in nodes if isinstance(n, ast.Name)})]
-        values += [getattr(scope.get(n.value.id), n.attr, None) for n in nodes
-                   if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
-        todo += [v for v in values if inspect.isfunction(v) or inspect.isclass(v)]
-        found[one] = text + str([v for v in values if isinstance(v, int | float)])
-    return "".join(found.values())
-
-
-def digest_of(*things):
-    """64 hex digits of tensors, noise processes, and what has a `key` or prints as what it is."""
-    digest = hashlib.sha256()
-    for x in things:
-        tensor = isinstance(x, torch.Tensor)
-        text = train.fingerprint(x) if isinstance(x, train.Process) else getattr(x, "key", x)
-        digest.update(repr((x.shape, x.dtype) if tensor else text).encode())
-        digest.update(x.contiguous().cpu().numpy() if tensor else b"")
-    return digest.hexdigest()
-
-
-def cached(function, *things):
-    """function(*things), kept in data/cache: tensors, which may come back on the CPU, or numbers.
-
-    Under what it is made of: the source code of the function and of all that it calls, and the
-    things. The file says so, too; one that says otherwise, or is damaged, is made anew.
-    """
-    key = digest_of(source(function), *things)
-    path = Path(f"data/cache/{key[:32]}.pt")
-    try:
-        return train.load_checkpoint(path, key, 0)["value"]
-    except InputError:
-        value = function(*things)
-    try:
-        train.save(path, {"run": key, "step": 0, "value": value})
-    except OSError:
-        say_once("data/cache: cannot be written, so nothing is kept there")
-    return value
-
-
 # --- What a metric sees ---------------------------------------------------------------------------
 
 
@@ -438,12 +421,9 @@ class Subset:
     @functools.cached_property
     def references(self):
         """Features of real images: {"train", "heldout", "sscd"}, float (n, D)."""
-        def features(space, images):
-            if space is None or space.name == "pixels":
-                return space and space.extract(images)
-            return cached(extract, space, images).to(images.device)
-        return {"train": features(self.space, self.train), "sscd": features(self.sscd, self.train),
-                "heldout": features(self.space, self.heldout[:self.most])}
+        return {"train": self.space.of_real(self.train),
+                "heldout": self.space.of_real(self.heldout[:self.most]),
+                "sscd": self.sscd and self.sscd.of_real(self.train)}
 
 
 @dataclass
@@ -460,7 +440,7 @@ class Context:
     distances = property(lambda c: c.neighbours[0][:, 0])       # to the nearest training image
     nearest = property(lambda c: c.neighbours[1][:, 0])         # its index
     ratios = functools.cached_property(lambda c: copy_ratios(c.neighbours[0]))      # d1/d2
-    key = property(lambda c: digest_of(c.images, c.nearest, c.splits, c.subset, source(Context)))
+    key = property(lambda c: digest_of(c.images, c.nearest, c.splits, c.subset))
 
 
 # --- Metrics: functions from a Context to columns -------------------------------------------------
@@ -932,7 +912,7 @@ def measure_denoisers(args, record, device):
     net = sample.load_net(run, record, device)
     for step in steps:
         made_of = digest_of((run / f"snapshots/{step:07d}.pt").read_bytes(), train.identity(record),
-                            source(denoiser_study), args.patch)[:8]
+                            args.patch, gaussian, local, per_class, denoiser_study)[:8]
         if [row.get("made_of") for row in table.get(("", step), [])] == [made_of] * 12 * LEVELS:
             continue
         sample.load_ema(net, run, record, step)
