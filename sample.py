@@ -40,6 +40,7 @@ from train import (
     load_subset,
     locked,
     pick_device,
+    read_npz,
     read_run,
     reading,
     send,
@@ -209,15 +210,19 @@ def write_samples(path, images, labels, settings, out_of_range, run):
 def read_samples(path, run=None):
     """The Samples of a file. Raises InputError: damaged, renamed, or of another run (an identity).
     """
-    with reading(path, "delete it and run sample.py again"), np.load(path) as archive:
-        if "made_by" in archive.files:
-            made = json.loads(str(archive["made_by"]))
-            outside = float(archive["out_of_range"])
+    with reading(path, "delete it and run sample.py again"):
+        arrays = read_npz(path)
+        if "made_by" in arrays:
+            made = json.loads(str(arrays["made_by"]))
+            outside = float(arrays["out_of_range"])
         else:                                           # before there was clipping
-            made = {"settings": json.loads(str(archive["settings"])) | {"clip": False}}
+            made = {"settings": json.loads(str(arrays["settings"])) | {"clip": False}}
             outside = float("nan")
-        found = Samples(archive["images"], archive["labels"], made["settings"], outside,
+        found = Samples(arrays["images"], arrays["labels"], dict(made["settings"]), outside,
                         made.get("name", path.stem))
+        if (found.images.dtype != np.uint8 or found.images.ndim != 4
+                or found.labels.shape != found.images.shape[:1]):
+            raise ValueError("images or labels of another kind")
     if found.name != path.stem or made.get("run", run) != (run or made.get("run")):
         raise InputError(f"{path}: holds samples of another run or step ({found.name}); "
                          "delete it and run sample.py again")
