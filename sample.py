@@ -1,14 +1,15 @@
 """Draw images from the snapshots of a run, from the same noise at every snapshot.
 
-    python sample.py runs/N16_w32_B16_lr2e-3_s0         # every snapshot that has no samples yet
+    python sample.py runs/N64_w32_B16_lr1e-3_s0         # every snapshot that has no samples yet
     python sample.py runs/N2048_w128_B16_lr1e-4_s0 --steps-only 1024 65536 --num 10000
+    python sample.py runs/N64_w32_B16_lr1e-3_s0 --eta 1 # other settings, side by side
     # the perfect memorizer, a positive control
-    python sample.py runs/N2048_w128_B16_lr1e-4_s0 --exact --num 512
+    python sample.py runs/N64_w32_B16_lr1e-3_s0 --exact --num 512
 
-Writes samples/STEP.npz (images uint8 NHWC, labels int64; -1 where the model is unconditional) and
-samples/STEP.png.
-Image i is a function of the weights, the seed and i alone: not of --num, nor of --batch-size beyond
-rounding.
+Writes samples/STEP.npz (images uint8 NHWC, labels int64, -1 where the model is unconditional) and
+samples/STEP.png; with other settings than the defaults, in a folder named by them, say
+samples/eta1/. Image i is a function of the weights, the settings and i alone: not of --num, nor of
+--batch-size beyond rounding.
 
 Equation numbers: "Song" is arXiv 2010.02502 (DDIM), "Ho" is arXiv 2006.11239 (DDPM), "Liu" is arXiv
 2209.03003.
@@ -17,209 +18,270 @@ Equation numbers: "Song" is arXiv 2010.02502 (DDIM), "Ho" is arXiv 2006.11239 (D
 import argparse
 import itertools
 import json
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from train import (
     PROCESSES,
-    UNREADABLE,
     InputError,
     autocast,
     build_net,
     command_line,
-    expand,
+    compiled,
     generator,
+    identity,
     load_checkpoint,
-    load_data,
+    load_subset,
+    locked,
     pick_device,
     read_run,
-    subset_hash,
+    reading,
     to_float,
     write_atomic,
 )
 
-# --------------------------------------------------------------------------------------------------
-# The sampler
-# --------------------------------------------------------------------------------------------------
+OUTSIDE = 1.05          # a value beyond it has left the range of the images, [-1, 1]
+
+# --- The sampler ----------------------------------------------------------------------------------
 
 
-def ddim_step(process, xt, prediction, t, t_next, eta, z):
-    """One update of x from time t to t_next < t.
+def sampling_times(process, steps):
+    """The sampler's times, steps + 1 of them from 1 down to 0, float32 on the CPU.
 
-    All images share the times, Python numbers or 0-d tensors. xt, prediction, z (B, C, H, W); z
-    standard normal noise (unused where eta is 0), prediction the network's at t. eta 0 is DDIM, and
-    for rectified flow the Euler step of dx/dt = eps - x0; eta 1 is DDPM's ancestral step.
+    Raises InputError if there are not so many.
     """
-    a, s = process.a_s(t)
-    a_next, s_next = process.a_s(t_next)
-    x0, eps = process.split(xt, prediction, a, s)
+    if steps < 1 or (process.T and steps > process.T):
+        raise InputError(f"--sampling-steps {steps}: must be 1 to {process.T or 'any number'}")
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    # float32, as train.py draws them, holds k/1000 well enough to find k again.
+    return (torch.round(t * process.T) / process.T if process.T else t).float()
+
+
+def ddim_step(process, xt, prediction, t, t_next, eta=0.0, z=None, clip=False):
+    """One update of x from time t to t_next < t: x at t_next, and the x0 that it heads for.
+
+    All images share the times, 0-d tensors on the CPU. xt, prediction, z (B, C, H, W); prediction
+    the network's at t; z standard normal noise, unused where eta is 0. eta 0 is DDIM, and for
+    rectified flow the Euler step of dx/dt = eps - x0; eta 1 is DDPM's ancestral step. clip: clamp
+    x0 to [-1, 1] before it is used, and let eps follow; the x0 returned is not clamped.
+    """
+    (a, s), (a_next, s_next) = process.schedule(t), process.schedule(t_next)
+    x0, eps = unclamped, _ = process.x0_eps(xt, prediction, t)
+    if clip:                                            # as the code of Ho et al. does
+        x0 = x0.nan_to_num(0, 1, -1).clamp(-1, 1)       # 0/0 where a(1) is 0: nothing is known
+        eps = (xt - a * x0) / s
     # Song, eq. 16, for any a and s: sigma^2 = eta^2 (s'^2 / s^2) (s^2 - (a / a')^2 s'^2); at eta 1
     # it is the variance of the posterior q(x' | xt, x0) (Ho, eq. 7).
     variance = eta**2 * (s_next / s) ** 2 * (s**2 - (a / a_next) ** 2 * s_next**2).clamp(min=0)
     # Song, eq. 12: x' = a' x0 + sqrt(s'^2 - sigma^2) eps + sigma z
     x = a_next * x0 + (s_next**2 - variance).clamp(min=0).sqrt() * eps
-    return x + variance.sqrt() * z if eta else x
+    return (x + variance.sqrt() * z if eta else x), unclamped
 
 
 @torch.inference_mode()
-def sample(predict, process, shape, seeds, steps, eta=0.0, device="cpu", progress=None):
-    """Images in [-1, 1], not clipped, float32 (B, C, H, W), one for each of `seeds`.
+def sample(net, process, shape, seeds, steps, eta=0.0, clip=False, labels=None, device="cpu",
+           progress=None):
+    """Images float32 (B, C, H, W), one for each of `seeds`, in [-1, 1] if clipped; and (B,), the
+    share of each one's values that had left the range (beyond 1.05) before any clamping.
 
-    predict(xt, t) -> prediction, with t (B,) in [0, 1]; shape (C, H, W); seeds: a (seed, image
-    index) pair an image, of which all its noise is a function (drawn on the CPU, so that it is the
-    same on every device).
+    net(xt, t, labels) -> prediction; shape (C, H, W); labels int64 (B,) on the device, or None;
+    seeds: a (seed, image index) pair per image, of which all its noise is a function (drawn on the
+    CPU, so that it is the same on every device).
     Raises InputError where the process has fewer than `steps` times.
     """
     generators = [generator("cpu", "sample", *pair) for pair in seeds]
 
     def noise():
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-    # The times are cast as train.py draws them: float32 holds k/1000 well enough to find k again.
-    times = process.times(steps).float().to(device)
-    x = noise().contiguous(memory_format=torch.channels_last)
-    for t, t_next in itertools.pairwise(times):
-        prediction = predict(x, t.expand(len(x))).float()
-        x = ddim_step(process, x, prediction, t, t_next, eta, noise() if eta else None)
+        z = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return z.to(device, memory_format=torch.channels_last)
+    times = sampling_times(process, steps)
+    on_device = times.to(device)                        # for the net; the arithmetic needs no copy
+    x = noise()
+    for k, (t, t_next) in enumerate(itertools.pairwise(times)):
+        prediction = net(x, on_device[k].expand(len(x)), labels).float()
+        x, x0 = ddim_step(process, x, prediction, t, t_next, eta, noise() if eta else None, clip)
         if progress:
             progress(len(x))
-    return x
+    return x, (x0.abs() > OUTSIDE).float().mean((1, 2, 3))
+
+
+# --- The perfect memorizer ------------------------------------------------------------------------
 
 
 def exact_denoiser(xt, a, s, images):
     """The posterior mean E[x0 | xt] when x0 is one of `images`, each as likely.
 
-    What a perfect memorizer predicts. xt (B, C, H, W), images (N, C, H, W), both float, in [-1, 1]
-    for pictures; a, s: numbers or (B,), xt = a x0 + s eps.
-    Returns (B, C, H, W). Memory: 2 B x N floats beyond the inputs.
+    xt (B, C, H, W), images (N, C, H, W), both float, in [-1, 1] for pictures; a, s: numbers or
+    (B,), xt = a x0 + s eps. Returns (B, C, H, W). Memory: 2 B x N floats beyond the inputs.
     """
     x, y = xt.flatten(1), images.flatten(1)
     a, s = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, 1) for v in (a, s))
     # p(x0 = y_i | xt) ~ exp(-|xt - a y_i|^2 / 2 s^2); |xt|^2 is the same for all i and falls out of
-    # the softmax.
-    # Measured from the mean image, the numbers are smaller and the differences lose fewer bits.
+    # the softmax. Measured from the mean image, the numbers are smaller and lose fewer bits.
     center = y.mean(0)
     x, y = x - a * center, y - center
     logits = (x @ y.T - 0.5 * a * y.square().sum(1)) * (a / s.clamp(min=1e-12) ** 2)
     return (logits.softmax(dim=1) @ y + center).reshape(xt.shape)
 
 
-def exact_predictor(process, images, labels=None):
-    """A predict(xt, t) for sample() made of exact_denoiser.
+def memorizer(process, images, labels=None):
+    """The perfect memorizer of `images` (N, C, H, W) as one more network: net(xt, t, labels).
 
-    labels: a pair of (N,) for the images, (B,) wanted.
+    No network has a lower training loss. labels (N,): of the images; then an image of class k is
+    one of that class (of all images, where the class has none).
     """
-    def predict(xt, t):
-        a, s = process.a_s(t)
-        if labels is None:
-            x0 = exact_denoiser(xt, a, s, images)
-        else:
-            x0 = torch.empty_like(xt)
-            for label in labels[1].unique():
-                want = labels[1] == label
-                x0[want] = exact_denoiser(xt[want], a[want], s[want], images[labels[0] == label])
-        # xt = a x0 + s eps gives eps, so c x0 + d eps
-        return process.c * x0 + process.d * (xt - expand(a, xt) * x0) / expand(s, xt)
-    return predict
+    def net(xt, t, wanted=None):
+        a, s = process.schedule(t)
+        x0 = torch.empty_like(xt)
+        groups = [slice(None)] if labels is None else [wanted == k for k in wanted.unique()]
+        for rows in groups:
+            known = images if labels is None else images[labels == wanted[rows][0]]
+            x0[rows] = exact_denoiser(xt[rows], a[rows], s[rows], known if len(known) else images)
+        return process.prediction(xt, x0, t)
+    return net
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
-def write_samples(run, name, images, labels, settings):
-    """samples/NAME.npz with the settings that made it, and a PNG grid of the first 64.
+class Samples(NamedTuple):
+    """A samples file: images uint8 (n, H, W, C), labels (n,), the settings that made them, the
+    share of values that left the range, and the step ("exact" for the memorizer's).
+    """
+    images: np.ndarray
+    labels: np.ndarray
+    settings: dict
+    out_of_range: float
+    name: str
+
+
+def set_name(settings, process):
+    """The folder of samples with these settings: what differs from the defaults, "" for none."""
+    defaults = default_settings(process)
+    words = []
+    for key, value in settings.items():
+        if value != defaults.get(key):
+            key = {"sampling_steps": "steps"}.get(key, key)
+            words.append((key if value else f"no-{key}") if isinstance(value, bool)
+                         else f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}")
+    return "_".join(words)
+
+
+def sample_sets(run):
+    """{set name: [steps, sorted]} of a run's samples files; see set_name."""
+    found = {}
+    for path in sorted((Path(run) / "samples").rglob("*.npz")):
+        folder = path.parent.relative_to(Path(run) / "samples").as_posix()
+        if re.fullmatch(r"\d{7,}", path.stem):
+            found.setdefault("" if folder == "." else folder, []).append(int(path.stem))
+    return {name: sorted(steps) for name, steps in found.items()}
+
+
+def samples_path(run, name, step):
+    """The samples file of a set's snapshot, or, step being "exact", of the memorizer."""
+    return Path(run) / "samples" / name / (f"{step}.npz" if step == "exact" else f"{step:07d}.npz")
+
+
+def write_samples(path, images, labels, settings, out_of_range, run):
+    """A samples file with what made it (settings, the run's identity), and a PNG of the first 64.
 
     Both atomically.
     """
-    from torchvision.utils import save_image
-    first = torch.from_numpy(images[:64]).permute(0, 3, 1, 2) / 255
-    write_atomic(run / f"samples/{name}.png",
-                 lambda f: save_image(first, f, format="png", nrow=8, padding=1, pad_value=1))
-    write_atomic(run / f"samples/{name}.npz",
-                 lambda f: np.savez(f, images=images, labels=labels,
-                                    settings=json.dumps(settings, sort_keys=True)))
+    n, H, W, C = images[:64].shape
+    sheet = np.full((-(-n // 8) * (H + 1) + 1, 8 * (W + 1) + 1, C), 255, np.uint8)
+    for i, image in enumerate(images[:64]):
+        top, left = i // 8 * (H + 1) + 1, i % 8 * (W + 1) + 1
+        sheet[top:top + H, left:left + W] = image
+    picture = Image.fromarray(sheet.squeeze(2) if C == 1 else sheet)
+    write_atomic(path.with_suffix(".png"), lambda f: picture.save(f, format="png"))
+    write_atomic(path, lambda f: np.savez(
+        f, images=images, labels=labels, out_of_range=out_of_range,
+        made_by=json.dumps({"settings": settings, "run": run, "name": path.stem})))
 
 
-def read_samples(path):
-    """images uint8 (n, H, W, C), labels (n,), settings (dict) of a samples file.
-
-    Raises InputError if damaged.
+def read_samples(path, run=None):
+    """The Samples of a file. Raises InputError: damaged, renamed, or of another run (an identity).
     """
-    try:
-        with np.load(path) as archive:
-            return archive["images"], archive["labels"], json.loads(str(archive["settings"]))
-    except UNREADABLE as error:
-        raise InputError(f"{path}: no readable samples file "
-                         f"({type(error).__name__}: {error})") from None
+    with reading(path, "delete it and run sample.py again"), np.load(path) as archive:
+        if "made_by" in archive.files:
+            made = json.loads(str(archive["made_by"]))
+            outside = float(archive["out_of_range"])
+        else:                                           # before there was clipping
+            made = {"settings": json.loads(str(archive["settings"])) | {"clip": False}}
+            outside = float("nan")
+        found = Samples(archive["images"], archive["labels"], made["settings"], outside,
+                        made.get("name", path.stem))
+    if found.name != path.stem or made.get("run", run) != (run or made.get("run")):
+        raise InputError(f"{path}: holds samples of another run or step ({found.name}); "
+                         "delete it and run sample.py again")
+    return found
 
 
-def is_done(path, settings, num):
+def is_done(path, settings, num, run=None):
     """Whether a samples file holds at least `num` images made with these settings.
 
-    Raises InputError on other settings.
+    Raises InputError on other settings, or another run's samples.
     """
     if not path.exists():
         return False
-    images, _, found = read_samples(path)
-    if found != settings:
-        different = ", ".join(f"{k} {found.get(k)}" for k in settings
-                              if found.get(k) != settings[k])
-        raise InputError(f"{path}: was made with {different}; use the same, or delete the file")
-    return len(images) >= num
+    found = read_samples(path, run)
+    if found.settings != settings:
+        different = ", ".join(f"{k} {found.settings.get(k)}" for k in settings
+                              if found.settings.get(k) != settings[k])
+        raise InputError(f"{path}: was made with {different}; delete it")
+    return len(found.images) >= num
 
 
 def snapshots(run):
     """The steps of a run's snapshots, sorted."""
-    return sorted(int(p.stem) for p in (Path(run) / "snapshots").glob("[0-9]*.pt"))
+    return sorted(int(p.stem) for p in (Path(run) / "snapshots").glob("*.pt")
+                  if re.fullmatch(r"\d{7,}", p.stem))
 
 
-def load_ema(net, run, name):
-    """Give `net` the EMA weights of a snapshot.
+def load_net(run, record, device):
+    """The network of a run on the device, in eval mode; load_ema gives it weights."""
+    with reading(f"{run}/args.json", "not written by train.py"):
+        net = build_net(record["options"], record["image_shape"], record["classes"])
+    return net.to(device, memory_format=torch.channels_last).eval()
 
-    Raises InputError: missing, damaged, another shape.
+
+def load_ema(net, run, record, step):
+    """Give `net` the averaged weights of a snapshot.
+
+    Raises InputError: missing, damaged, of another run or step.
     """
-    path = Path(run) / f"snapshots/{name}.pt"
-    state = load_checkpoint(path)
-    try:
+    path = Path(run) / f"snapshots/{step:07d}.pt"
+    state = load_checkpoint(path, identity(record), step)
+    with reading(path, f"or {run}/args.json describes another network"):
         net.load_state_dict(state["ema"])
-    except (KeyError, TypeError, RuntimeError):
-        raise InputError(f"{path}: does not hold the weights that {run}/args.json "
-                         "describes") from None
 
 
-def load_subset(run, record, data=None):
-    """The Data that a run was trained on, checked by its hash.
+# --- Command line ---------------------------------------------------------------------------------
 
-    `data` is another place of the same images.
-    """
-    options = record["options"]
-    loaded = load_data(data or options["data"], options["n"], options["size"], options["offset"])
-    if subset_hash(loaded) != record["subset_sha256"]:
-        raise InputError(f"--data {data or options['data']}: not the images that {run} "
-                         "was trained on")
-    return loaded
+# Options that say which images, where or how fast. All others are settings: they name the set.
+NO_SETTINGS = ("run", "num", "steps_only", "exact", "data", "batch_size", "device", "compile",
+               "amp")
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
-
-
-def parse(argv):
-    """The options. Raises InputError on values that make no sense."""
+def make_parser():
+    """The command line of sample.py."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", type=Path, help="run folder written by train.py")
-    p.add_argument("--num", type=int, default=2048, help="images a snapshot")
+    p.add_argument("--num", type=int, default=2048, help="images per snapshot")
     p.add_argument("--steps-only", type=int, nargs="+", metavar="STEP",
                    help="only the snapshots of these steps")
-    p.add_argument("--sampling-steps", type=int, default=250, help="network evaluations an image")
+    p.add_argument("--sampling-steps", type=int, default=250, help="network evaluations per image")
     p.add_argument("--eta", type=float, default=0.0,
                    help="0 deterministic (DDIM, Euler) to 1 ancestral (DDPM)")
+    p.add_argument("--clip", action=argparse.BooleanOptionalAction, help="clamp x0 to [-1, 1] at "
+                   "each step (by default as the noise process needs it: ddpm yes, flow no)")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--exact", action="store_true", help="sample with the closed-form optimal "
                    "denoiser of the training subset instead of the network, into samples/exact.npz")
@@ -227,11 +289,16 @@ def parse(argv):
                    "(for --exact)")
     p.add_argument("--batch-size", type=int, help="images at a time (CUDA: 1024, CPU: 64)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                   help="torch.compile, CUDA only")
+    p.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
+                   help="torch.compile; auto: on CUDA")
     p.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
                    help="autocast; see train.py")
-    args = p.parse_args(argv)
+    return p
+
+
+def parse(argv):
+    """The options. Raises InputError on values that make no sense."""
+    args = make_parser().parse_args(argv)
     if args.num < 1 or (args.batch_size is not None and args.batch_size < 1):
         raise InputError("--num and --batch-size: must be at least 1")
     if not 0 <= args.eta <= 1:
@@ -239,30 +306,58 @@ def parse(argv):
     return args
 
 
-def draw(args, predict_for, process, record, device, name):
-    """The images uint8 (num, H, W, C) and labels (num,) of one snapshot.
+def settings_of(args, process):
+    """What the samples are a function of, beside the weights: {option: value}."""
+    settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
+    return settings | ({"clip": process.clip} if args.clip is None else {})
 
-    predict_for(labels) -> predict.
-    """
-    H, W, C = record["image_shape"]
-    batch = args.batch_size or (1024 if device.type == "cuda" else 64)
-    classes = record["classes"]
-    images, labels = [], []
-    with tqdm(total=args.num * args.sampling_steps, desc=name, unit="eval", unit_scale=True,
-              disable=None, leave=False) as bar:
+
+def default_settings(process):
+    """The settings of `sample.py RUN` without options."""
+    return settings_of(make_parser().parse_args([""]), process)
+
+
+def draw(args, net, process, settings, record, device, name):
+    """The images uint8 (num, H, W, C), labels (num,) and share of values out of range of a net."""
+    (H, W, C), wanted = record["image_shape"], record["labels"]
+    batch = min(args.num, args.batch_size or (1024 if device.type == "cuda" else 64))
+    labels = torch.tensor([wanted[i % len(wanted)] if record["classes"] else -1
+                           for i in range(args.num + batch)])
+    images, outside, finite = [], [], []
+    with tqdm(total=args.num * settings["sampling_steps"], desc=name, unit="eval",
+              unit_scale=True, disable=None, leave=False) as bar:
         for first in range(0, args.num, batch):
-            index = range(first, min(first + batch, args.num))
-            label = torch.tensor([i % classes if classes else -1 for i in index])
-            x = sample(predict_for(label.to(device)), process, (C, H, W),
-                       [(args.seed, i) for i in index], args.sampling_steps, args.eta, device,
-                       bar.update)
-            if not x.isfinite().all():
-                raise InputError(f"{args.run}: snapshot {name} makes samples that are not finite; "
-                                 "delete it")
-            x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            images.append(x.permute(0, 2, 3, 1).cpu().numpy())
-            labels.append(label.numpy())
-    return np.concatenate(images), np.concatenate(labels)
+            # What is compiled for one shape serves the last batch, too, if that is full.
+            full = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
+            index = range(first, first + batch if full else min(first + batch, args.num))
+            label = labels[index.start:index.stop].to(device) if record["classes"] else None
+            x, out = sample(net, process, (C, H, W), [(settings["seed"], i) for i in index],
+                            settings["sampling_steps"], settings["eta"], settings["clip"], label,
+                            device, bar.update)
+            images.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+            outside.append(out)
+            finite.append(x.isfinite().all())
+    if not torch.stack(finite).all():
+        raise InputError(f"{args.run}: {name} makes samples that are not finite; if it is a "
+                         "snapshot, delete it")
+    images = torch.cat(images)[:args.num].permute(0, 2, 3, 1).cpu().numpy()
+    return images, labels[:args.num].numpy(), float(torch.cat(outside)[:args.num].mean())
+
+
+def network(args, process, record, device):
+    """The net(xt, t, labels) to draw with, and load(step), which gives it a snapshot's weights."""
+    if args.exact:
+        data = load_subset(args.run, record, args.data)
+        known, labels = (torch.from_numpy(x).to(device) for x in data[:2])
+        return (memorizer(process, to_float(known).contiguous(),
+                          labels if record["classes"] else None), lambda step: None)
+    net = load_net(args.run, record, device)
+    fast = compiled(net, device, args.compile)
+
+    def mixed(xt, t, labels):
+        with autocast(device, args.amp):
+            return fast(xt, t, labels)
+    return mixed, lambda step: load_ema(net, args.run, record, step)
 
 
 @command_line
@@ -274,49 +369,31 @@ def main(argv=None):
     args = parse(argv)
     record, device = read_run(args.run), pick_device(args.device)
     process = PROCESSES[record["options"]["process"]]
-    process.times(args.sampling_steps)
+    settings = settings_of(args, process)
+    sampling_times(process, settings["sampling_steps"])
     steps = snapshots(args.run)
     for step in args.steps_only or ():
         if step not in steps:
             raise InputError(f"--steps-only {step}: {args.run}/snapshots has no snapshot of that "
                              "step")
-    names = ["exact"] if args.exact else [f"{step:07d}" for step in args.steps_only or steps]
-    if not names:
+    if not args.exact and not steps:
         raise InputError(f"{args.run}: has no snapshots; train it first")
-    settings = {"eta": args.eta, "sampling_steps": args.sampling_steps, "seed": args.seed}
-    todo = [n for n in names if not is_done(args.run / f"samples/{n}.npz", settings, args.num)]
-    print(f"{args.run}: {len(todo)} of {len(names)} snapshots to sample, {args.num} images each, "
-          f"on {device}", flush=True)
-    if not todo:
-        return
-
-    if args.exact:
-        data = load_subset(args.run, record, args.data)
-        known, classes = (torch.from_numpy(x).to(device)
-                          for x in (data.train_images, data.train_labels))
-        known = to_float(known).contiguous()
-    else:
-        net = build_net(record["options"], record["image_shape"][2], record["classes"])
-        net = net.to(device, memory_format=torch.channels_last).eval()
-        compiled = (torch.compile(net, fullgraph=True)
-                    if args.compile and device.type == "cuda" else net)
-
-    def predict_for(label):
-        """predict(xt, t) of the images with these labels."""
-        if args.exact:
-            return exact_predictor(process, known, (classes, label) if record["classes"] else None)
-
-        def predict(xt, t):
-            with autocast(device, args.amp):
-                return compiled(xt, t, label if record["classes"] else None)
-        return predict
-
-    for name in todo:
-        if not args.exact:
-            load_ema(net, args.run, name)
-        write_samples(args.run, name, *draw(args, predict_for, process, record, device, name),
-                      settings)
-        print(f"{args.run}/samples/{name}.npz: {args.num} images", flush=True)
+    place, run = set_name(settings, process), identity(record)
+    paths = {name: samples_path(args.run, place, name)
+             for name in (["exact"] if args.exact else args.steps_only or steps)}
+    with locked(args.run, "sample", "samples/*", "samples/*/*"):
+        todo = {n: p for n, p in paths.items() if not is_done(p, settings, args.num, run)}
+        print(f"{args.run}: {len(todo)} of {len(paths)} "
+              f"{'controls' if args.exact else 'snapshots'} to sample, {args.num} images each, "
+              f"on {device}", flush=True)
+        if not todo:
+            return
+        net, load = network(args, process, record, device)
+        for name, path in todo.items():
+            load(name)
+            drawn = draw(args, net, process, settings, record, device, path.stem)
+            write_samples(path, *drawn[:2], settings, drawn[2], run)
+            print(f"{path}: {args.num} images", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
-"""Train one diffusion model on the first n images of a data set; \
-loss, weights and log go to a run folder.
+"""Train one diffusion model on the first n images of a data set, until it copies them.
 
-    # a CPU, 3 min
-    python train.py --data toy --n 16 --size 8 --width 32 --mults 1 2 --blocks 1 --steps 2000
-    # any GPU
-    python train.py --data data/cifar10.npz --n 2048 --width 32 --batch 64 --steps 20000
+    # real digits on a CPU, 2 minutes
+    python train.py --data digits --n 64 --process flow --conditional --width 32 --mults 1 2 \
+                    --blocks 1 --embed 128 --lr 1e-3 --steps 1500
+    # CIFAR-10 on any GPU
+    python train.py --data cifar10 --n 2048 --width 32 --batch 64 --steps 20000
     # the study
-    python train.py --data cifar10 --n 2048 --process flow --conditional --batch 16
+    python train.py --data cifar10 --n 2048 --process flow --conditional --weighting sigmoid
 
-This file owns the data, the noise process, the U-Net and the checkpoints; sample.py and measure.py
-import from it.
 A run killed at any moment and started again with the same command ends with the same bits.
+Read down to the line of equal signs: the loss, the U-Net, what is random, the loop.
 
-The study: Marion & Wu, "Understanding diffusion models requires rethinking (again) generalization",
-arXiv 2605.06077. Equation numbers below: "Ho" is arXiv 2006.11239 (DDPM), "Liu" is arXiv
-2209.03003 (rectified flow).
+The study: Marion & Wu, arXiv 2605.06077. Equations: "Ho" is arXiv 2006.11239 (DDPM), "Liu" arXiv
+2209.03003 (rectified flow), "Salimans" 2202.00512 (v), "Hoogeboom" 2410.19324 (SiD2).
 """
 
 import argparse
@@ -22,18 +20,17 @@ import contextlib
 import copy
 import csv
 import datetime
-import fcntl
 import functools
 import hashlib
+import io
 import json
 import math
 import os
-import pickle
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -44,319 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-HELD_OUT = 5120                 # the study's held-out set: the first 5,120 test images
-LEVELS = 10                     # the loss is also kept in ten equal slices of t
-# What numpy and torch raise on a file that is missing, cut short, damaged or of another format.
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
-              RuntimeError, NotImplementedError, pickle.UnpicklingError, zipfile.BadZipFile,
-              zlib.error)
-
-# --------------------------------------------------------------------------------------------------
-# Errors and files
-# --------------------------------------------------------------------------------------------------
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong.
-
-    The message is one line that names the flag or file and what is wrong.
-    """
-
-
-def command_line(main):
-    """Decorate a script's main(argv).
-
-    A failure that a user can mend ends it with one line on stderr. Exit code 2 for bad input, 1 for
-    a loss that is not finite or a file that cannot be written.
-    """
-    @functools.wraps(main)
-    def wrapper(argv=None):
-        try:
-            return main(argv)
-        except InputError as error:
-            code, message = 2, f"error: {error}"
-        except MemoryError as error:
-            code, message = 2, f"error: does not fit in memory, take fewer images ({error})"
-        except (FloatingPointError, OSError) as error:
-            code, message = 1, f"error: {error}"
-        except KeyboardInterrupt:
-            print("interrupted: the same command continues from the last checkpoint",
-                  file=sys.stderr)
-            raise SystemExit(130) from None
-        print(message, file=sys.stderr)
-        raise SystemExit(code)
-    return wrapper
-
-
-def write_atomic(path, write):
-    """Call write(file) on a temporary file beside `path`, flush it to disk, move it into place.
-
-    A reader, a kill or a power cut sees the old file or the new one, never a part of it. Raises
-    OSError.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_csv(path, rows, columns=None):
-    """Write a list of dicts with the same keys as a CSV file, atomically.
-
-    columns: the header, needed where the list may be empty.
-    """
-    lines = [",".join(columns or rows[0])]
-    lines += [",".join(str(value) for value in row.values()) for row in rows]
-    write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
-
-
-def read_csv(path):
-    """The rows of a CSV file as dicts of strings; [] where the file does not exist."""
-    if not Path(path).exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def save(path, value):
-    """torch.save, atomically. Raises OSError, also where torch has another name for a full disk."""
-    try:
-        write_atomic(path, lambda file: torch.save(value, file))
-    except RuntimeError as error:
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
-
-
-def write_json(path, value):
-    """Write `value` as indented JSON, atomically."""
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
-# --------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------
-
-
-class Data(NamedTuple):
-    """A training subset and a held-out set, numpy arrays.
-
-    Images uint8 (n, S, S, C), labels int64 (n,).
-    """
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-
-
-@functools.lru_cache(maxsize=8)
-def toy_images(count, size, split):
-    """Toy pictures: one disc, square or triangle over a two-colour gradient, 15 random factors.
-
-    Returns images uint8 (count, size, size, 3) and labels int64 (count,): 0 disc, 1 square, 2
-    triangle. Image i is the same whatever `count`; split 0 is training, 1 held-out. Every pixel is
-    the mean of 4x4 points.
-    """
-    factors = np.random.default_rng([2605, 6077, split]).random((count, 15), np.float32)
-    labels = (factors[:, 0] * 3).astype(np.int64)
-    points = (np.arange(4 * size, dtype=np.float32) + 0.5) / (2 * size) - 1     # [-1, 1]
-    grid_y, grid_x = np.meshgrid(points, points, indexing="ij")
-    images = np.empty((count, size, size, 3), np.uint8)
-    for part in range(0, count, 128):
-        f = factors[part:part + 128].T[:, :, None, None]                # (15, B, 1, 1)
-        x, y = grid_x - (f[1] - 0.5), grid_y - (f[2] - 0.5)             # centre in the middle half
-        radius, (turn, ramp) = 0.3 + 0.3 * f[3], 2 * np.pi * f[4:6]
-        x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
-        inside = np.select([f[0] < 1 / 3, f[0] < 2 / 3], [              # of about the same area
-            x**2 + y**2 < radius**2, np.maximum(abs(x), abs(y)) < 0.886 * radius],
-            np.maximum(-y, abs(x) * 0.866 + y * 0.5) < 0.778 * radius)
-        ramp = (np.cos(ramp) * grid_x + np.sin(ramp) * grid_y) / 2.83 + 0.5     # 0 to 1
-        for c in range(3):                                              # red, green, blue
-            picture = np.where(inside, f[6 + c], f[9 + c] + (f[12 + c] - f[9 + c]) * ramp)
-            picture = picture.reshape(-1, size, 4, size, 4).mean((2, 4)) * 255 + 0.5
-            images[part:part + 128, :, :, c] = picture.clip(0, 255)
-    return images, labels
-
-
-def _read_npz(path):
-    """The four arrays of an .npz file, checked; raises InputError naming the file and the key."""
-    try:
-        with np.load(path) as archive:
-            arrays = {key: archive[key] for key in Data._fields if key in archive.files}
-    except FileNotFoundError:
-        raise InputError(f"--data {path}: no such file (looked for from {Path.cwd()})") from None
-    except UNREADABLE as error:
-        raise InputError(f"--data {path}: not a readable .npz "
-                         f"({type(error).__name__}: {error})") from None
-    for key in Data._fields:
-        if key not in arrays:
-            raise InputError(f"--data {path}: key {key!r} is missing "
-                             f"(needs {', '.join(Data._fields)})")
-    for split in ("train", "test"):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.dtype != np.uint8:
-            raise InputError(f"--data {path}: {split}_images is {images.dtype}, must be uint8")
-        if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
-            raise InputError(f"--data {path}: {split}_images has shape {images.shape}, "
-                             "must be (N, S, S, 1 or 3)")
-        if (not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]
-                or (labels < 0).any()):
-            raise InputError(f"--data {path}: {split}_labels must be {len(images)} whole numbers, "
-                             "0 or more")
-        if len(images) < 2:
-            raise InputError(f"--data {path}: {split}_images holds {len(images)} images, "
-                             "needs at least 2")
-    if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
-        raise InputError(f"--data {path}: train_images and test_images differ in shape")
-    return Data(**arrays)
-
-
-def _download_cifar10():
-    """CIFAR-10 through torchvision, checksummed, kept in ./data."""
-    from torchvision.datasets import CIFAR10
-    try:
-        train, test = (CIFAR10("data", train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"--data cifar10: download failed ({error}); fetch it elsewhere and pass "
-                         f"--data FILE.npz with keys {', '.join(Data._fields)}") from None
-    return Data(train.data, np.array(train.targets), test.data, np.array(test.targets))
-
-
-def resize(images, size):
-    """Area-average uint8 images (n, H, H, C) down to (n, size, size, C), rounded."""
-    parts = [F.adaptive_avg_pool2d(torch.from_numpy(part).permute(0, 3, 1, 2).float(), size)
-             for part in np.array_split(images, max(1, len(images) // 4096))]
-    return torch.cat(parts).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def load_data(name, n, size=None, offset=0):
-    """The training images offset .. offset+n of `name` and the first 5,120 test images.
-
-    All test images, if fewer.
-    name: "toy", "cifar10" or the path of an .npz file with keys train_images, train_labels,
-    test_images, test_labels (uint8 NHWC, square, 1 or 3 channels). size: area-average down to
-    size x size (toy: drawn at that size, 16 by default). Subsets are nested: the first k images do
-    not depend on n.
-    Returns Data. Raises InputError on a missing or malformed file, or when there are not enough
-    images.
-    """
-    if n < 2:
-        raise InputError(f"--n {n}: needs at least 2 training images")
-    if offset < 0:
-        raise InputError(f"--offset {offset}: must be 0 or more")
-    if size is not None and size < 4:
-        raise InputError(f"--size {size}: must be at least 4")
-    if name == "toy":
-        images, labels = toy_images(offset + n, size or 16, split=0)
-        return Data(images[offset:], labels[offset:], *toy_images(HELD_OUT, size or 16, split=1))
-    if name == "cifar10":
-        data = _download_cifar10()
-    elif str(name).endswith(".npz"):
-        data = _read_npz(name)
-    else:
-        raise InputError(f"--data {name}: unknown; use toy, cifar10 or the path of an .npz file")
-    if offset + n > len(data.train_images):
-        raise InputError(f"--n {n}: with --offset {offset}, {name} has only "
-                         f"{len(data.train_images)} training images")
-    if size and size > data.train_images.shape[1]:
-        raise InputError(f"--size {size}: larger than the {data.train_images.shape[1]} pixels "
-                         f"of {name}")
-    images, labels = (data.train_images[offset:offset + n],
-                      data.train_labels[offset:offset + n].astype(np.int64))
-    held, held_labels = data.test_images[:HELD_OUT], data.test_labels[:HELD_OUT].astype(np.int64)
-    if size and size < images.shape[1]:
-        images, held = resize(images, size), resize(held, size)
-    return Data(images.copy(), labels.copy(), held.copy(), held_labels.copy())
-
-
-def subset_hash(data):
-    """SHA-256 of the training images and labels.
-
-    What a run was trained on, wherever it came from.
-    """
-    digest = hashlib.sha256(str(data.train_images.shape).encode())
-    digest.update(np.ascontiguousarray(data.train_images))
-    digest.update(np.ascontiguousarray(data.train_labels))
-    return digest.hexdigest()
-
-
-def to_float(images):
-    """uint8 images (B, S, S, C) to float32 (B, C, S, S) in [-1, 1].
-
-    The memory stays NHWC (channels_last).
-    """
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-# --------------------------------------------------------------------------------------------------
-# Noise processes: xt = a(t) x0 + s(t) eps, t in [0, 1]
-# --------------------------------------------------------------------------------------------------
-
-
-class Process(NamedTuple):
-    """A noise process and what the network predicts in it.
-
-    a_s(t): t (B,) -> a, s, each (B,): the signal's and the noise's share in xt = a x0 + s eps.
-    c, d: the network predicts c x0 + d eps.
-    T: the number of discrete times k/T, k = 1 .. T; 0 where time is continuous.
-    """
-    a_s: Callable
-    c: float
-    d: float
-    T: int
-
-    def snap(self, u):
-        """u uniform in [0, 1) to a training time t: k/T with k uniform in 1 .. T, or u itself."""
-        return (torch.floor(u * self.T) + 1) / self.T if self.T else u
-
-    def times(self, steps):
-        """The sampler's times, steps + 1 of them from 1 down to 0, float64.
-
-        Raises InputError if steps > T.
-        """
-        if steps < 1 or (self.T and steps > self.T):
-            raise InputError(f"--sampling-steps {steps}: must be 1 to {self.T or 'any number'}")
-        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        return torch.round(t * self.T) / self.T if self.T else t
-
-    def split(self, xt, prediction, a, s):
-        """x0 and eps from xt = a x0 + s eps and prediction = c x0 + d eps.
-
-        Two equations, two unknowns.
-        """
-        det = a * self.d - s * self.c
-        return (self.d * xt - s * prediction) / det, (a * prediction - self.c * xt) / det
-
-
-@functools.lru_cache
-def _alpha_bar(device):
-    """alpha_bar_k = prod (1 - beta_i), i = 1 .. k, for k = 0 .. 1000.
-
-    Ho, section 4: beta linear, 1e-4 to .02.
-    """
-    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)]).to(device)
-
-
-def _ddpm(t):
-    # Ho, eq. 4: q(xt | x0) = N(sqrt(alpha_bar) x0, (1 - alpha_bar) I)
-    alpha_bar = _alpha_bar(t.device)[torch.round(t * 1000).long()]
-    return alpha_bar.sqrt().to(t.dtype), (1 - alpha_bar).sqrt().to(t.dtype)
-
-
-def _flow(t):
-    # Liu, eq. 1: the straight line from the image (t = 0) to the noise (t = 1); the velocity is
-    # eps - x0
-    return 1 - t, t
-
-
-PROCESSES = {"ddpm": Process(_ddpm, c=0, d=1, T=1000),      # predicts eps (Ho, eq. 14)
-             "flow": Process(_flow, c=-1, d=1, T=0)}        # predicts eps - x0
+# --- The loss: noise an image, let the network predict, compare -----------------------------------
 
 
 def expand(value, x):
@@ -366,19 +51,94 @@ def expand(value, x):
 
 def q_sample(process, x0, t, eps):
     """xt = a(t) x0 + s(t) eps (Ho, eq. 4; Liu, eq. 1). x0, eps (B, C, H, W), t (B,) in [0, 1]."""
-    a, s = process.a_s(t)
+    a, s = process.schedule(t)
     return expand(a, x0) * x0 + expand(s, x0) * eps
 
 
 def diffusion_loss(net, process, x0, t, eps, labels=None):
-    """Mean squared error of the prediction, one number an image: (B,). Ho, eq. 14; Liu, eq. 1."""
-    target = process.c * x0 + process.d * eps
-    return (net(q_sample(process, x0, t, eps), t, labels) - target).square().mean((1, 2, 3))
+    """Mean squared error of the prediction, one number per image: (B,). Ho, eq. 14; Liu, eq. 1."""
+    xt = q_sample(process, x0, t, eps)
+    return (net(xt, t, labels) - process.target(x0, eps, t)).square().mean((1, 2, 3))
 
 
-# --------------------------------------------------------------------------------------------------
-# U-Net
-# --------------------------------------------------------------------------------------------------
+# --- Noise processes: t from 0, the image, to 1, nothing but noise --------------------------------
+
+
+class Process(NamedTuple):
+    """A noise process, and what the network predicts in it.
+
+    schedule(t) -> a, s: the shares of image and noise in xt = a x0 + s eps, for t (B,) in [0, 1].
+    predicts(a, s) -> c, d: the network predicts c x0 + d eps.
+    T: the number of discrete times k/T, k = 1 .. T; 0 where time is continuous.
+    clip: whether sample.py clamps x0 to [-1, 1] at each step, unless told otherwise. Needed where
+    the prediction at t = 1 says little of x0 (a / s near 0 and eps predicted).
+    """
+    schedule: Callable
+    predicts: Callable
+    T: int = 0
+    clip: bool = False
+
+    def snap(self, u):
+        """u uniform in [0, 1) to a training time t: k/T with k uniform in 1 .. T, or u itself."""
+        return (torch.floor(u * self.T) + 1) / self.T if self.T else u
+
+    def coefficients(self, t, x):
+        """a, s, c, d at times t (B,), each (B, 1, 1, 1) to go with images x (B, C, H, W).
+
+        Numbers stay numbers, and a time that all images share, a 0-d tensor, gives 0-d tensors.
+        """
+        a, s = self.schedule(t)
+        return [expand(v, x) if torch.is_tensor(v) and v.dim() else v
+                for v in (a, s, *self.predicts(a, s))]
+
+    def target(self, x0, eps, t):
+        """What the network should predict: c x0 + d eps, (B, C, H, W)."""
+        _, _, c, d = self.coefficients(t, x0)
+        return c * x0 + d * eps
+
+    def x0_eps(self, xt, prediction, t):
+        """x0 and eps by solving xt = a x0 + s eps and prediction = c x0 + d eps."""
+        a, s, c, d = self.coefficients(t, xt)
+        det = a * d - s * c
+        return (d * xt - s * prediction) / det, (a * prediction - c * xt) / det
+
+    def prediction(self, xt, x0, t):
+        """What a network that knows x0 predicts at xt: eps follows from xt = a x0 + s eps."""
+        a, s, c, d = self.coefficients(t, xt)
+        return c * x0 + d * (xt - a * x0) / s
+
+    def log_snr(self, t):
+        """The logarithm of the signal-to-noise ratio, log(a^2 / s^2), (B,)."""
+        a, s = self.schedule(t)
+        return 2 * (a.log() - s.log())
+
+@functools.lru_cache
+def _alpha_bar(device):
+    """alpha_bar_k = prod (1 - beta_i), i = 1 .. k, for k = 0 .. 1000, float64 on `device`."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)]).to(device)
+
+
+def linear_beta(t):
+    """DDPM's a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar); beta is linear (Ho, section 4)."""
+    alpha_bar = _alpha_bar(t.device)[torch.round(t * 1000).long()]
+    return alpha_bar.sqrt().to(t.dtype), (1 - alpha_bar).sqrt().to(t.dtype)
+
+
+def straight_line(t):
+    """Rectified flow's a = 1 - t, s = t: the line from the image to the noise (Liu, eq. 1)."""
+    return 1 - t, t
+
+
+# What a network may predict, c x0 + d eps, as functions (a, s) -> c, d.
+PREDICTIONS = {"eps": lambda a, s: (0, 1), "x0": lambda a, s: (1, 0),
+               "v": lambda a, s: (-s, a),               # Salimans, appendix D
+               "velocity": lambda a, s: (-1, 1)}        # of the straight line: d xt / dt
+PROCESSES = {"ddpm": Process(linear_beta, PREDICTIONS["eps"], T=1000, clip=True),
+             "flow": Process(straight_line, PREDICTIONS["velocity"])}
+
+
+# --- U-Net ----------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -389,25 +149,28 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x):                                           # (B, C, H, W), channels_last
-        x = x.permute(0, 2, 3, 1)                                   # (B, H, W, C), a view
-        weight = self.weight.to(x.dtype)        # under autocast: the fused kernel wants one type
-        return F.rms_norm(x, weight.shape, weight, 1e-6).permute(0, 3, 1, 2)
+        h = x.permute(0, 2, 3, 1).float()                           # (B, H, W, C), a view
+        h = F.rms_norm(h, self.weight.shape, self.weight, 1e-6)     # float32 under autocast, too
+        return h.to(x.dtype).permute(0, 3, 1, 2)
 
 
 def zero_init(layer):
-    """The layer with its weight and bias set to 0.
-
-    A residual branch that starts as the identity.
-    """
+    """The layer with weight and bias set to 0, so that a residual branch starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
-class Block(nn.Module):
-    """Residual block: two convolutions, the second modulated by the embedding.
+def double(x):
+    """Each pixel four times, (B, C, H, W) -> (B, C, 2H, 2W), by views whose backward is a sum."""
+    B, C, H, W = x.shape
+    x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(B, H, 2, W, 2, C)
+    return x.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)        # channels_last stays
 
-    May halve or double the picture.
+
+class Block(nn.Module):
+    """Residual block: two convolutions, the second modulated by the embedding; may halve or double
+    the picture.
     """
 
     def __init__(self, i, o, embed, resample=None):
@@ -425,7 +188,7 @@ class Block(nn.Module):
         if self.resample == "down":                                 # (B, i, H/2, W/2)
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.resample == "up":                                 # (B, i, 2H, 2W)
-            h, x = F.interpolate(h, scale_factor=2.0), F.interpolate(x, scale_factor=2.0)
+            h, x = double(h), double(x)
         h = self.conv1(h)                                           # (B, o, H, W)
         # (B, o, 1, 1) each
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
@@ -434,9 +197,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels; q and k normalised, with one learned scale.
-
-    Heads of 64 channels or fewer.
+    """Self-attention over the pixels in heads of 64 channels or fewer; q and k are normalised, with
+    one learned scale.
     """
 
     def __init__(self, d):
@@ -473,24 +235,30 @@ class Layer(nn.Module):
         return self.attention(self.block(x, embedding))
 
 
-class UNet(nn.Module):
-    """The study's U-Net.
+def time_features(t, size):
+    """Sines and cosines of 1000 t at size/2 frequencies from 1 to 1/10000: (B,) -> (B, size)."""
+    half = size // 2
+    frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / half))
+    angle = 1000 * t[:, None] * frequency                           # (B, size/2)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-    2,926,690 / 7,929,010 / 25,751,890 / 92,670,610 / 201,286,610 parameters at width
-    16 / 32 / 64 / 128 / 192 with 10 classes.
+
+class UNet(nn.Module):
+    """The study's U-Net: 2,926,690 / 7,929,010 / 25,751,890 / 92,670,610 / 201,286,610 parameters
+    at width 16 / 32 / 64 / 128 / 192 with 10 classes.
 
     width: channels of the first level; mults: the levels' multiples of it; blocks: residual blocks
-    a level; attention: the levels with self-attention (0 is full size; default: all but level 0;
+    per level; attention: the levels with self-attention (0 is full size; default: all but level 0;
     the middle always has it); embed: size of the noise and class embedding; classes: 0 for an
-    unconditional model; channels: of the images.
-    Raises InputError where the heads do not divide a level's channels or a level does not exist.
+    unconditional model; channels, size: of the images.
+    Raises InputError, naming the flag, on impossible sizes.
     """
 
     def __init__(self, width=128, mults=(1, 2, 4), blocks=3, attention=None, embed=512, classes=0,
-                 channels=3):
+                 channels=3, size=32):
         super().__init__()
-        attention = check_unet(width, mults, blocks, attention, embed)
-        self.embed, self.classes, self.levels = embed, classes, len(mults)
+        attention = check_unet(width, mults, blocks, attention, embed, size)
+        self.embed, self.classes = embed, classes
         self.time = nn.Sequential(nn.Linear(embed, embed), nn.SiLU(), nn.Linear(embed, embed))
         self.label = nn.Embedding(classes, embed) if classes else None
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
@@ -517,16 +285,11 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(d, channels, 3, padding=1))
 
     def forward(self, xt, t, labels=None):
-        """The prediction (B, C, S, S).
-
-        xt (B, C, S, S), t (B,) in [0, 1], labels int64 (B,) if conditional.
-        """
-        half = self.embed // 2
-        frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / half))
-        angle = 1000 * t[:, None] * frequency                       # (B, embed/2)
-        embedding = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))     # (B, embed)
-        if self.label is not None:
-            embedding = embedding + self.label(labels)
+        """The prediction (B, C, S, S) at xt (B, C, S, S), t (B,) in [0, 1], labels int64 (B,)."""
+        embedding = self.time(time_features(t, self.embed))         # (B, embed)
+        if self.label is not None:      # a row of the table, as a product: its backward is one, too
+            one_hot = labels[:, None] == torch.arange(self.classes, device=t.device)
+            embedding = embedding + one_hot.to(embedding.dtype) @ self.label.weight
         embedding = F.silu(embedding)
         h = self.conv_in(xt)
         stack = [h]
@@ -543,40 +306,17 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm(h)))
 
 
-def check_unet(width, mults, blocks, attention, embed):
-    """The set of levels with attention. Raises InputError, naming the flag, on impossible sizes."""
-    if width < 1 or blocks < 1 or not mults or min(mults) < 1:
-        raise InputError("--width, --blocks and each of --mults must be at least 1")
-    if embed < 2 or embed % 2:
-        raise InputError(f"--embed {embed}: must be an even number")
-    attention = set(range(1, len(mults)) if attention is None else attention)
-    if not attention <= set(range(len(mults))):
-        raise InputError(f"--attention: the levels are 0 to {len(mults) - 1}")
-    for level in sorted(attention | {len(mults) - 1}):
-        d = width * mults[level]
-        if d > 64 and d % 64:
-            raise InputError(f"--width {width}: heads of 64 channels do not divide the {d} "
-                             f"channels of level {level}")
-    return attention
+# --- What is random: a function of (seed, step), so that there is no random state to save ---------
 
 
-def check_size(size, mults):
-    """Raise InputError unless pictures of size x size can be halved between the levels."""
-    if size % 2 ** (len(mults) - 1):
-        raise InputError(f"--size {size}: {len(mults)} levels halve the picture {len(mults) - 1} "
-                         f"times; needs a multiple of {2 ** (len(mults) - 1)}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Randomness: everything a step draws is a function of (seed, step), so there is no random state to
-# save
-# --------------------------------------------------------------------------------------------------
+def seed_of(*key):
+    """A seed below 2^63 from a tuple of words and whole numbers, through SHA-256."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
 def generator(device, *key):
-    """A torch.Generator on `device` seeded by a tuple of whole numbers, through SHA-256."""
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
-    return torch.Generator(device).manual_seed(seed)
+    """A torch.Generator on `device`, seeded by a tuple of words and whole numbers."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 @functools.lru_cache(maxsize=4)
@@ -585,9 +325,7 @@ def _permutation(n, seed, epoch, device):
 
 
 def batch_indices(n, batch, seed, step, device="cpu"):
-    """The indices of the images of step 1, 2, ...: (batch,) int64.
-
-    Each epoch visits every image once.
+    """The indices of the images of step 1, 2, ...: (batch,) int64; an epoch visits each image once.
     """
     first = (step - 1) * batch
     epochs = range(first // n, (first + batch - 1) // n + 1)
@@ -603,19 +341,358 @@ def step_noise(process, shape, seed, step, device="cpu"):
     return t, eps, torch.rand(shape[0], generator=g, device=device) < 0.5
 
 
+# --- The training loop ----------------------------------------------------------------------------
+
+
+def train(args, record, out, data, net, device, rank=0, world=1):
+    """Train `net` on `data` from the last checkpoint in `out`, or from the start, to args.steps.
+
+    record: what describe() says of the run. Of `world` processes each takes its share of every
+    batch; the first one evaluates and writes.
+    """
+    state = set_up(args, record, out, net, device, rank)
+    if state.step == args.steps:
+        return say(rank, f"{out}: finished at step {state.step}; nothing to do")
+    splits = data_on(device, data, net.classes)
+    model = wrap(net, args, device, world)
+    evaluations = evaluation_steps(args.steps, args.evals_per_doubling, args.first_eval)
+    meter, bar = Meter(device), progress_bar(args, state.step, rank)
+    say(rank, f"{out}: {sum(p.numel() for p in net.parameters()):,} parameters, {args.n} images, "
+              f"on {world} x {device.type}, steps {state.step} to {args.steps}")
+    resumed = time.monotonic()
+    for step in range(state.step + 1, args.steps + 1):
+        # One step. Nothing in it waits for the device.
+        loss = training_loss(model, splits["train"], args, step, rank, world)
+        update(state, loss, step, args.ema)
+        meter.record(step, loss, world)
+        bar.set_postfix(step=step, loss=f"{meter.loss:.4f}", refresh=False)
+        bar.update(args.batch)
+
+        # Now and then: is all well? Then write down where we are.
+        due = step in evaluations
+        if due or meter.bad_step or time.monotonic() - resumed > 60 * args.save_minutes:
+            check_finite(meter, net, step, state.step)
+            lap = time.monotonic() - resumed
+            rate = (step - state.step) * args.batch / lap
+            state.step, state.seconds = step, state.seconds + lap
+            if rank == 0:                           # the others wait for it in the next step
+                bar.write(save_and_evaluate(state, splits, args, out, rate) if due
+                          else state.save(out) or f"step {step:7d}  saved")
+            resumed = time.monotonic()
+    bar.close()
+    say(rank, f"next: python sample.py {out}")
+
+
+def set_up(args, record, out, net, device, rank=0):
+    """The State to start from: network, its moving average, optimizer, and how far they are."""
+    if device.type == "cuda":
+        setup_cuda()
+    net.to(device, memory_format=torch.channels_last).train()
+    average = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
+    state = State(net, average, optimizer, scaler, identity(record))
+    state.load(out, args.steps)
+    if rank == 0:
+        state.announce(out, record)
+    return state
+
+
+def training_loss(model, split, args, step, rank=0, world=1):
+    """The mean loss of this process's share of the batch of `step`, on the device."""
+    images, labels = split
+    process, device = PROCESSES[args.process], images.device
+    # Every process draws the whole batch and takes its share: the same for any number of them.
+    share = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
+    shape = (args.batch, images.shape[3], *images.shape[1:3])
+    index = batch_indices(len(images), args.batch, args.seed, step, device)[share]
+    t, eps, flips = (v[share] for v in step_noise(process, shape, args.seed, step, device))
+    torch.manual_seed(seed_of("network", args.seed, step, rank))    # for dropout and the like
+    # The images, and how far the network's prediction is from what it should be.
+    x0 = to_float(images[index])
+    if args.flip:
+        x0 = torch.where(expand(flips, x0), x0.flip(3), x0)
+    with autocast(device, args.amp):
+        loss = diffusion_loss(model, process, x0, t, eps, None if labels is None else labels[index])
+    return (WEIGHTINGS[args.weighting](process, t) * loss).mean()
+
+
+def update(state, loss, step, ema):
+    """One step of Adam, then one of the weights' moving average."""
+    state.scaler.scale(loss).backward()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        decay = min(ema, (1 + step) / (10 + step))  # warmed up, else it remembers the first weights
+        torch._foreach_lerp_(list(state.average.parameters()), list(state.net.parameters()),
+                             1 - decay)
+        for mine, other in zip(state.average.buffers(), state.net.buffers(), strict=True):
+            mine.copy_(other)
+
+
+def save_and_evaluate(state, splits, args, out, rate):
+    """Write the averaged weights, both splits' losses and the state; the line to print."""
+    losses = {name: evaluate(state.average, PROCESSES[args.process], *split, args.eval_images,
+                             args.amp) for name, split in splits.items()}
+    state.rows.append(log_row(state.step, args.batch, rate, state.seconds, **losses))
+    state.save_snapshot(out)
+    state.save(out)                                 # first, so that the log is never ahead of it
+    write_csv(out / "log.csv", state.rows)
+    return (f"step {state.step:7d}  train {losses['train'][0]:.5f}  "
+            f"held-out {losses['heldout'][0]:.5f}  {rate:.0f} images/s")
+
+
+# ==================================================================================================
+# Machinery. A reader who came for the idea can stop here.
+# ==================================================================================================
+
+
+@torch.inference_mode()
+def evaluate(net, process, images, labels, count, amp="auto"):
+    """The unweighted loss over `count` images (repeated in turn where there are fewer), by level.
+
+    images uint8 (n, S, S, C), labels (n,) or None, on the net's device. Returns the mean, a number,
+    and (LEVELS,), the means in equal slices of t. Image i of every split, at every evaluation of
+    every run, on every device, meets the same t and noise: differences come from the images and the
+    weights alone.
+    """
+    device, n, losses = images.device, len(images), []
+    order = torch.randperm(count, generator=generator("cpu", "evaluation", count))
+    u = (order + 0.5) / count                           # one t in each of `count` slices of [0, 1]
+    for block, index in enumerate(torch.arange(count).split(256)):
+        x0 = to_float(images[(index % n).to(device, non_blocking=True)])
+        eps = torch.empty(x0.shape, pin_memory=device.type == "cuda").normal_(
+            generator=generator("cpu", "evaluation", block)).to(device, non_blocking=True)
+        with autocast(device, amp):
+            losses.append(diffusion_loss(
+                net, process, x0, process.snap(u[index]).to(device, non_blocking=True), eps,
+                None if labels is None else labels[(index % n).to(device, non_blocking=True)]))
+    losses = torch.cat(losses).double().cpu().numpy()
+    level = np.minimum((u.numpy() * LEVELS).astype(int), LEVELS - 1)
+    return losses.mean(), (np.bincount(level, losses, LEVELS)
+                           / np.bincount(level, minlength=LEVELS))
+
+
+def sigmoid_weight(process, t, bias=2.0):
+    """SiD2's weight of the squared error at times t (B,); much noise counts more (Hoogeboom, 4).
+
+    -dlambda/dt sigmoid(bias - lambda), lambda the log-SNR, weighs the error of eps; it is turned
+    into a weight of the error of what the network predicts.
+    """
+    t = t.double().clamp(1e-4, 1 - 1e-4)
+    h = 1 / process.T if process.T else 1e-3 * t * (1 - t)
+    before, after = (t - h).clamp(min=1 / process.T if process.T else 0), (t + h).clamp(max=1)
+    slope = (process.log_snr(after) - process.log_snr(before)) / (after - before)
+    a, s, c, d = process.coefficients(t, t)
+    return (-slope * torch.sigmoid(bias - process.log_snr(t)) * (a / (a * d - s * c)) ** 2).float()
+
+
+WEIGHTINGS = {"uniform": lambda process, t: 1.0, "sigmoid": sigmoid_weight}
+
+
+def fingerprint(process):
+    """12 hex digits of what a process computes, whatever it is called."""
+    t = process.snap(torch.arange(1, 64, dtype=torch.float64) / 64)
+    values = torch.stack([torch.as_tensor(v).expand_as(t) for v in process.coefficients(t, t)])
+    values = values.double().mul(1e6).round().long()
+    return hashlib.sha256(values.numpy().tobytes() + f"{process.T}".encode()).hexdigest()[:12]
+
+
 def evaluation_steps(steps, per_doubling=2, first=64):
     """Log-spaced steps, the same for all runs: first * 2^(k / per_doubling), and the last step."""
     count = math.floor(per_doubling * math.log2(steps / first) + 1e-9) if steps >= first else -1
     return sorted({round(first * 2 ** (k / per_doubling)) for k in range(count + 1)} | {steps})
 
 
-# --------------------------------------------------------------------------------------------------
-# Options
-# --------------------------------------------------------------------------------------------------
+# --- Data -----------------------------------------------------------------------------------------
 
-# Options that say where, how fast or how long: they may change when a run is continued, although
-# another device draws other numbers.
-NOT_IDENTITY = ("out", "steps", "images", "device", "compile", "save_minutes")
+LEVELS = 10                     # the loss is also kept in ten equal slices of t
+HELD_OUT = 5120                 # the study's held-out set: the first 5,120 test images
+KEYS = ("train_images", "train_labels", "test_images", "test_labels")       # of an .npz file
+
+
+class Data(NamedTuple):
+    """A training subset and a held-out set: images uint8 (n, S, S, C), labels int64 (n,)."""
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    heldout_images: np.ndarray
+    heldout_labels: np.ndarray
+
+
+@functools.lru_cache(maxsize=8)
+def toy_images(count, size, split):
+    """Toy pictures: one disc, square or triangle over a two-colour gradient, 15 random factors.
+
+    Returns images uint8 (count, size, size, 3) and labels int64 (count,): 0 disc, 1 square, 2
+    triangle. Image i is the same whatever `count`; split 0 is training, 1 held-out. Every pixel is
+    the mean of 4x4 points.
+    """
+    factors = np.random.default_rng([2605, 6077, split]).random((count, 15), np.float32)
+    labels = (factors[:, 0] * 3).astype(np.int64)
+    points = (np.arange(4 * size, dtype=np.float32) + 0.5) / (2 * size) - 1     # [-1, 1]
+    grid_y, grid_x = np.meshgrid(points, points, indexing="ij")
+    images = np.empty((count, size, size, 3), np.uint8)
+    for part in range(0, count, 128):
+        f = factors[part:part + 128].T[:, :, None, None]                # (15, B, 1, 1)
+        x, y = grid_x - (f[1] - 0.5), grid_y - (f[2] - 0.5)             # centre in the middle half
+        radius, (turn, ramp) = 0.3 + 0.3 * f[3], 2 * np.pi * f[4:6]
+        x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+        inside = np.select([f[0] < 1 / 3, f[0] < 2 / 3], [              # of about the same area
+            x**2 + y**2 < radius**2, np.maximum(abs(x), abs(y)) < 0.886 * radius],
+            np.maximum(-y, abs(x) * 0.866 + y * 0.5) < 0.778 * radius)
+        ramp = (np.cos(ramp) * grid_x + np.sin(ramp) * grid_y) / 2.83 + 0.5     # 0 to 1
+        for c in range(3):                                              # red, green, blue
+            picture = np.where(inside, f[6 + c], f[9 + c] + (f[12 + c] - f[9 + c]) * ramp)
+            picture = picture.reshape(-1, size, 4, size, 4).mean((2, 4)) * 255 + 0.5
+            images[part:part + 128, :, :, c] = picture.clip(0, 255)
+    return images, labels
+
+
+def _digits():
+    """The 1,797 handwritten digits that scikit-learn ships (UCI, CC BY 4.0), 8x8, grey: 1,280 for
+    training, 517 held out.
+
+    In a fixed order at random: theirs goes by writer.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError("--data digits: needs scikit-learn, which ships them "
+                         "(pip install -r requirements.txt)") from None
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.target))
+    images = (digits.images[order, :, :, None] * (255 / 16)).round().astype(np.uint8)
+    labels = digits.target[order].astype(np.int64)
+    return Data(images[:1280], labels[:1280], images[1280:], labels[1280:])
+
+
+def _read_npz(path):
+    """The four arrays of an .npz file, checked; raises InputError naming the file and the key."""
+    with reading(f"--data {path}"), np.load(path) as archive:
+        arrays = {key: archive[key] for key in KEYS if key in archive.files}
+    for key in KEYS:
+        if key not in arrays:
+            raise InputError(f"--data {path}: key {key!r} is missing (needs {', '.join(KEYS)})")
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.dtype != np.uint8:
+            raise InputError(f"--data {path}: {split}_images is {images.dtype}, must be uint8")
+        if (images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[1] < 4
+                or images.shape[3] not in (1, 3)):
+            raise InputError(f"--data {path}: {split}_images has shape {images.shape}, "
+                             "must be (N, S, S, 1 or 3), S at least 4")
+        if (not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]
+                or (labels < 0).any() or (labels > 9999).any()):
+            raise InputError(f"--data {path}: {split}_labels must be {len(images)} whole numbers, "
+                             "0 to 9999")
+        if len(images) < 2:
+            raise InputError(f"--data {path}: {split}_images holds {len(images)} images, "
+                             "needs at least 2")
+    if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
+        raise InputError(f"--data {path}: train_images and test_images differ in shape")
+    return Data(*(arrays[key] for key in KEYS))
+
+
+def _download_cifar10():
+    """CIFAR-10 through torchvision, checksummed, kept in ./data."""
+    with needs_torchvision("--data cifar10"):
+        from torchvision.datasets import CIFAR10
+    try:
+        train, test = (CIFAR10("data", train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"--data cifar10: download failed ({error}); fetch it elsewhere and pass "
+                         f"--data FILE.npz with keys {', '.join(KEYS)}") from None
+    return Data(train.data, np.array(train.targets), test.data, np.array(test.targets))
+
+
+def resize(images, size):
+    """Area-average uint8 images (n, H, H, C) down to (n, size, size, C), rounded."""
+    parts = [F.adaptive_avg_pool2d(torch.from_numpy(part).permute(0, 3, 1, 2).float(), size)
+             for part in np.array_split(images, max(1, len(images) // 4096))]
+    return torch.cat(parts).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def load_data(name, n, size=None, offset=0):
+    """The training images offset .. offset+n of `name` and the first 5,120 held-out images, or all
+    where there are fewer.
+
+    name: "toy", "digits", "cifar10" or the path of an .npz file with keys train_images,
+    train_labels, test_images, test_labels (uint8 NHWC, square, 1 or 3 channels); the test images
+    are held out. size: area-average down to size x size (toy: drawn at that size, 16 by default).
+    Subsets are nested: the first k images do not depend on n.
+    Returns Data. Raises InputError on a missing or malformed file, or when there are not enough
+    images.
+    """
+    if n < 2:
+        raise InputError(f"--n {n}: needs at least 2 training images")
+    if offset < 0:
+        raise InputError(f"--offset {offset}: must be 0 or more")
+    if size is not None and size < 4:
+        raise InputError(f"--size {size}: must be at least 4")
+    if name == "toy":
+        if offset + n > 10**6:
+            raise InputError(f"--n {n}: with --offset {offset}, toy has only 1,000,000 images")
+        images, labels = toy_images(offset + n, size or 16, split=0)
+        return Data(images[offset:], labels[offset:], *toy_images(HELD_OUT, size or 16, split=1))
+    if name not in ("digits", "cifar10") and not str(name).endswith(".npz"):
+        raise InputError(f"--data {name}: unknown; use toy, digits, cifar10 or an .npz file")
+    data = {"digits": _digits, "cifar10": _download_cifar10}.get(name, lambda: _read_npz(name))()
+    if offset + n > len(data.train_images):
+        raise InputError(f"--n {n}: with --offset {offset}, {name} has only "
+                         f"{len(data.train_images)} training images")
+    if size and size > data.train_images.shape[1]:
+        raise InputError(f"--size {size}: larger than the {data.train_images.shape[1]} pixels "
+                         f"of {name}")
+    arrays = [array[offset:offset + n] for array in data[:2]] + [array[:HELD_OUT]
+                                                                 for array in data[2:]]
+    if size and size < data.train_images.shape[1]:
+        arrays[0], arrays[2] = resize(arrays[0], size), resize(arrays[2], size)
+    if (arrays[0] == arrays[0][:1]).all():
+        raise InputError(f"--n {n}: these training images of {name} are all equal")
+    return Data(*(array.astype(np.uint8 if array.ndim == 4 else np.int64) for array in arrays))
+
+
+def load_subset(run, record, data=None):
+    """The Data that a run was trained on, checked by its hash; `data`: another place of it.
+
+    Raises InputError where the images are others.
+    """
+    options = record["options"]
+    loaded = load_data(data or options["data"], options["n"], options["size"], options["offset"])
+    if hash_of(*loaded[:2]) != record["subset_sha256"]:
+        raise InputError(f"--data {data or options['data']}: not the images that {run} "
+                         "was trained on")
+    return loaded
+
+
+def hash_of(images, labels):
+    """SHA-256 of images and labels: what a run was trained on, wherever it came from."""
+    digest = hashlib.sha256(str(images.shape).encode())
+    digest.update(np.ascontiguousarray(images))
+    digest.update(np.ascontiguousarray(labels))
+    return digest.hexdigest()
+
+
+def to_float(images):
+    """uint8 images (B, S, S, C) to float32 (B, C, S, S) in [-1, 1], in memory still NHWC
+    (channels_last).
+    """
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def data_on(device, data, classes):
+    """{"train", "heldout": (images, labels)} on the device, labels None where classes is 0."""
+    tensors = [torch.from_numpy(array).to(device) for array in data]
+    return {name: (images, labels if classes else None)
+            for name, images, labels in (("train", *tensors[:2]), ("heldout", *tensors[2:]))}
+
+
+# --- Options --------------------------------------------------------------------------------------
+
+# Options that say where, how fast or how long: they may change when a run is continued. All others,
+# a new one of yours included, make another run. (--data may name another place of the same images.)
+FREE = ("out", "steps", "images", "device", "compile", "save_minutes")
 
 
 def make_parser():
@@ -623,7 +700,7 @@ def make_parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = p.add_argument_group("data").add_argument
-    data("--data", default="cifar10", help="toy, cifar10 (downloaded) or an .npz file")
+    data("--data", default="cifar10", help="toy, digits, cifar10 (downloaded) or an .npz file")
     data("--n", type=int, default=2048, help="training images: the first n, so subsets are nested")
     data("--offset", type=int, default=0, help="skip so many images first, for disjoint subsets")
     data("--size", type=int, help="area-average the images down to SIZE x SIZE pixels; toy images "
@@ -634,19 +711,21 @@ def make_parser():
     model("--conditional", action="store_true", help="give the class to the model")
     model("--width", type=int, default=128, help="channels of the first level")
     model("--mults", type=int, nargs="+", default=[1, 2, 4], help="channels of each level / width")
-    model("--blocks", type=int, default=3, help="residual blocks a level")
+    model("--blocks", type=int, default=3, help="residual blocks per level")
     model("--attention", type=int, nargs="*", help="levels with self-attention (all but level 0)")
     model("--embed", type=int, default=512, help="size of the noise and class embedding")
     training = p.add_argument_group("training").add_argument
-    training("--batch", type=int, default=16, help="images a step")
+    training("--batch", type=int, default=16, help="images per step")
     training("--lr", type=float, default=1e-4, help="Adam's learning rate")
     training("--steps", type=int, help="train to this step (100000); a larger one continues a run")
     training("--images", type=int, help="train until so many images are seen, instead of --steps")
+    training("--weighting", choices=WEIGHTINGS, default="uniform", help="weight of the loss by "
+             "noise level; sigmoid is SiD2's, with bias 2; evaluations are not weighted")
     training("--seed", type=int, default=0, help="of initial weights, batches, times and noise")
     training("--ema", type=float, default=0.9999, help="decay of the weights' moving average; the "
              "first steps use min(EMA, (1 + step) / (10 + step))")
     evaluation = p.add_argument_group("evaluation and files").add_argument
-    evaluation("--evals-per-doubling", type=int, default=2, help="evaluations a doubling of step")
+    evaluation("--evals-per-doubling", type=int, default=2, help="evaluations per doubling of step")
     evaluation("--first-eval", type=int, default=64, help="step of the first evaluation")
     evaluation("--eval-images", type=int, default=HELD_OUT, help="images in each of the two losses "
                "(repeated in turn where there are fewer)")
@@ -654,8 +733,8 @@ def make_parser():
     evaluation("--out", help="the run folder (runs/ and a name made of the options)")
     machine = p.add_argument_group("machine").add_argument
     machine("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    machine("--compile", action=argparse.BooleanOptionalAction, default=True,
-            help="torch.compile, on CUDA only")
+    machine("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: "
+            "on CUDA; on: on a CPU, too, where there is a C++ compiler")
     machine("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast; auto "
             "is bf16 on CUDA (fp16 where the card has no bf16), off on a CPU")
     return p
@@ -668,14 +747,17 @@ def parse(argv):
         raise InputError("--steps and --images: give one of them")
     for name in ("batch", "steps", "images", "evals_per_doubling", "first_eval", "lr"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not 0 < value < (math.inf if name == "lr" else 10**15):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0")
     if not 0 <= args.ema < 1:
         raise InputError(f"--ema {args.ema}: must be at least 0 and below 1")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^63")
     if args.eval_images < LEVELS:
-        raise InputError(f"--eval-images {args.eval_images}: needs {LEVELS} or more, one a level")
+        raise InputError(f"--eval-images {args.eval_images}: needs {LEVELS} or more, one per level")
+    if args.batch > 1000 * args.n:
+        raise InputError(f"--batch {args.batch}: more than a thousand times --n {args.n}")
     args.steps = args.steps or (math.ceil(args.images / args.batch) if args.images else 100_000)
-    check_unet(args.width, args.mults, args.blocks, args.attention, args.embed)
     return args
 
 
@@ -685,7 +767,7 @@ def run_name(args):
     name = f"N{args.n}_w{args.width}_B{args.batch}_lr{lr}_s{args.seed}"
     for key, default in vars(make_parser().parse_args([])).items():
         value = getattr(args, key)
-        if key in (*NOT_IDENTITY, "n", "width", "batch", "lr", "seed") or value == default:
+        if key in (*FREE, "n", "width", "batch", "lr", "seed") or value == default:
             continue
         text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
         text = Path(text).stem if key == "data" else text
@@ -694,97 +776,279 @@ def run_name(args):
     return name
 
 
-# --------------------------------------------------------------------------------------------------
-# The run folder
-# --------------------------------------------------------------------------------------------------
+def build_net(options, image_shape, classes):
+    """The network that a run's options (a dict) describe, on the CPU, its weights a function of the
+    seed; the one place that names a network.
+
+    A network is an nn.Module net(xt, t, labels) -> prediction: xt float32 (B, C, S, S), t float32
+    (B,) in [0, 1], labels int64 (B,) or None where classes is 0; the prediction like xt. It raises
+    InputError where it cannot be built for image_shape (S, S, C).
+    """
+    size, _, channels = image_shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options["seed"])
+        return UNet(options["width"], options["mults"], options["blocks"], options["attention"],
+                    options["embed"], classes, channels, size)
+
+
+def check_unet(width, mults, blocks, attention, embed, size):
+    """The set of levels with attention. Raises InputError where the sizes do not fit."""
+    if width < 1 or blocks < 1 or not mults or min(mults) < 1:
+        raise InputError("--width, --blocks and each of --mults must be at least 1")
+    if embed < 2 or embed % 2:
+        raise InputError(f"--embed {embed}: must be an even number")
+    attention = set(range(1, len(mults)) if attention is None else attention)
+    if not attention <= set(range(len(mults))):
+        raise InputError(f"--attention: the levels are 0 to {len(mults) - 1}")
+    for level in sorted(attention | {len(mults) - 1}):
+        if (d := width * mults[level]) > 64 and d % 64:
+            raise InputError(f"--width {width}: heads of 64 channels do not divide the {d} "
+                             f"channels of level {level}")
+    if size % 2 ** (len(mults) - 1):
+        raise InputError(f"--size {size}: {len(mults)} levels halve the picture "
+                         f"{len(mults) - 1} times; needs a multiple of {2 ** (len(mults) - 1)}")
+    return attention
+
+
+# --- The run folder -------------------------------------------------------------------------------
+
+
+class State:
+    """All that a run needs to go on: network, average, optimizer, and how far they are.
+
+    step, seconds: of training, at the last save; rows: of log.csv; run: the identity that every
+    checkpoint carries.
+    """
+
+    def __init__(self, net, average, optimizer, scaler, run):
+        self.net, self.average, self.optimizer, self.scaler = net, average, optimizer, scaler
+        self.run, self.step, self.seconds, self.rows = run, 0, 0.0, []
+
+    def load(self, out, steps):
+        """Take last.pt, if there is one; a run that has ended may have lost it since.
+
+        Raises InputError where last.pt is damaged, of another run, or beyond `steps`.
+        """
+        path = out / "last.pt"
+        if path.exists():
+            last = load_checkpoint(path, self.run)
+            with reading(path, DELETE_ADVICE):
+                self.net.load_state_dict(last["net"])
+                self.average.load_state_dict(last["ema"])
+                self.optimizer.load_state_dict(last["optimizer"])
+                if last["scaler"]:              # empty where the run began without float16
+                    self.scaler.load_state_dict(last["scaler"])
+                self.step, self.seconds, self.rows = last["step"], last["seconds"], last["rows"]
+        elif logged := read_csv(out / "log.csv"):
+            with reading(out / "log.csv", "delete it to train anew"):
+                self.step = int(logged[-1]["step"])
+            if self.step < steps:
+                print(f"{out}: last.pt is gone, so this run starts over", flush=True)
+                self.step = 0
+        if self.step > steps:
+            raise InputError(f"--steps {steps}: {out} has been trained to step {self.step} already")
+
+    def announce(self, out, record):
+        """Write args.json where it says something else, and log.csv as last.pt knows it."""
+        if not (out / "args.json").exists() or read_run(out)["options"] != record["options"]:
+            write_json(out / "args.json", record)
+        if self.rows:
+            write_csv(out / "log.csv", self.rows)
+
+    def save(self, out):
+        """Write last.pt."""
+        save(out / "last.pt", {
+            "run": self.run, "step": self.step, "seconds": self.seconds, "rows": self.rows,
+            "net": self.net.state_dict(), "ema": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
+
+    def save_snapshot(self, out):
+        """Write snapshots/STEP.pt, the averaged weights."""
+        save(out / f"snapshots/{self.step:07d}.pt",
+             {"run": self.run, "step": self.step, "ema": self.average.state_dict()})
 
 
 def describe(args, data, net):
-    """What args.json holds: the options, and all that the next stages and a reader must know."""
+    """What args.json holds: the options, which of them may change, and all that the next stages and
+    a reader must know.
+    """
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
             capture_output=True, cwd=Path(__file__).parent, check=False).stdout.strip()
     except OSError:                                 # no git on this machine
         commit = ""
-    return {"options": vars(args), "parameters": sum(p.numel() for p in net.parameters()),
+    return {"options": vars(args), "free": FREE, "defaults": vars(make_parser().parse_args([])),
+            "parameters": sum(p.numel() for p in net.parameters()),
             "image_shape": list(data.train_images.shape[1:]), "classes": net.classes,
-            "held_out": len(data.test_images), "subset_sha256": subset_hash(data),
+            "labels": np.unique(data.train_labels).tolist(),
+            "heldout_images": len(data.heldout_images), "subset_sha256": hash_of(*data[:2]),
+            "heldout_sha256": hash_of(*data[2:]),
+            "process_fingerprint": fingerprint(PROCESSES[args.process]),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__, "cuda": torch.version.cuda},
             "git_commit": commit or "unknown"}
 
 
 def read_run(run):
-    """args.json of a run folder, a dict. Raises InputError where there is none or it is damaged."""
-    try:
-        record = json.loads((Path(run) / "args.json").read_text())
-        if not record["options"] or not {"image_shape", "classes", "subset_sha256"} <= set(record):
-            raise ValueError
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{run}: not a run folder (it has no args.json)") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{run}/args.json: damaged, or not written by train.py") from None
+    """args.json of a run folder, a dict; options that it lacks have their default.
+
+    Raises InputError where there is none, it is damaged, or its noise process computes something
+    else today.
+    """
+    path = Path(run) / "args.json"
+    if not path.exists():
+        raise InputError(f"{run}: not a run folder (it has no args.json)")
+    with reading(path, "not written by train.py"):
+        record = json.loads(path.read_text())
+        options = vars(make_parser().parse_args([])) | record["options"]
+        record |= {"options": options, "free": FREE}
+        record.setdefault("labels", list(range(record["classes"])))
+        size, _, channels = record["image_shape"]
+        if not (isinstance(record["subset_sha256"], str) and isinstance(options["steps"], int)
+                and isinstance(record["classes"], int) and size > 0 and channels in (1, 3)):
+            raise ValueError("fields of another kind")
+        known = PROCESSES.get(options["process"])
+    if known is None:
+        raise InputError(f"{path}: --process {options['process']} is none that train.py knows")
+    if record.get("process_fingerprint", fingerprint(known)) != fingerprint(known):
+        raise InputError(f"{path}: --process {options['process']} computes something else today "
+                         "than when this run was trained")
     return record
+
+
+def differences(old, new):
+    """The names of what makes two records those of different runs, sorted; [] for the same run."""
+    names = {k for k, value in new["options"].items()
+             if k not in (*FREE, "data") and old["options"].get(k) != value}
+    for key, name in (("subset_sha256", "training images"), ("heldout_sha256", "held-out images")):
+        if old.get(key, new[key]) != new[key]:
+            names.add(name)
+    return sorted(names)
+
+
+def identity(record):
+    """16 hex digits of what makes a run this run: its options, images and noise process."""
+    defaults = vars(make_parser().parse_args([]))
+    parts = {k: v for k, v in record["options"].items()
+             if k not in (*FREE, "data") and v != defaults.get(k)}
+    text = json.dumps([parts, record["subset_sha256"], record["options"]["process"]],
+                      sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def claimed(out, record):
-    """Make the run folder, hold its lock, write args.json.
+    """Make the run folder and hold its lock.
 
-    Raises InputError where the folder holds another configuration, is in use, or cannot be written.
-    The lock is the kernel's: it falls with the process, however that ends.
+    Raises InputError where the folder holds another run or is in use, OSError where it cannot be
+    written.
     """
     if out.is_dir() and not (out / "args.json").exists() and any(out.glob("[!.]*")):
         raise InputError(f"--out {out}: holds files but no args.json; use another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "train", "args.json", "log.csv", "last.pt", "snapshots/*"):
         old = read_run(out) if (out / "args.json").exists() else None
-        different = old and [key for key, value in record["options"].items()
-                             if key not in NOT_IDENTITY and old["options"].get(key) != value]
-        if old and old["subset_sha256"] != record["subset_sha256"]:
-            different.append("training images")
-        if different:
+        if old and (different := differences(old, record)):
             raise InputError(f"--out {out}: holds a run with another {', '.join(different)}; "
                              "use another folder")
-        if not old or old["options"] != record["options"]:
-            write_json(out / "args.json", record)
-        for left in (*out.glob(".*.tmp"), *out.glob("snapshots/.*.tmp")):
-            left.unlink()                           # of a run that was killed while it wrote
         yield
-    except BlockingIOError:
-        raise InputError(f"--out {out}: another process is training in it") from None
-    finally:
-        os.close(lock)
 
 
-def load_checkpoint(path, device="cpu"):
-    """A file of torch.save, its tensors on `device`. Raises InputError: missing or damaged."""
+@contextlib.contextmanager
+def locked(run, stage, *files):
+    """Hold the run folder for one stage (train, sample or measure), whose `files` (names, patterns)
+    lose the temporary files that a kill left behind.
+
+    The lock is the kernel's: it falls with the process, however that ends. Raises InputError where
+    another process holds it, OSError where the folder cannot be written.
+    """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UNREADABLE as error:
-        raise InputError(f"{path}: damaged, or no checkpoint ({type(error).__name__}); "
-                         "to train this run again, delete its last.pt and log.csv") from None
+        import fcntl
+    except ImportError:
+        raise InputError("this needs Linux or macOS; on Windows, run it in WSL") from None
+    with open(Path(run) / f".{stage}.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run}: another process works in it ({stage}.py)") from None
+        for name in map(Path, files):
+            for left in Path(run).glob(str(name.parent / f".{name.name}.*.tmp")):
+                left.unlink(missing_ok=True)
+        yield
 
 
-def build_net(options, channels, classes):
-    """A UNet as the options (a dict) say, on the CPU; its weights are a function of the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options["seed"])
-        return UNet(options["width"], options["mults"], options["blocks"], options["attention"],
-                    options["embed"], classes, channels)
+DELETE_ADVICE = "to train this run again, delete its last.pt and log.csv"
 
 
-# --------------------------------------------------------------------------------------------------
-# The machine
-# --------------------------------------------------------------------------------------------------
+def load_checkpoint(path, run=None, step=None):
+    """A file of torch.save, a dict, its tensors on the CPU; every checksum in it is verified.
+
+    run, step: the identity and step that it must carry. Raises InputError: missing, damaged, or of
+    another run or step.
+    """
+    with reading(path, DELETE_ADVICE):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state.get("run", run), state["step"]
+    if found != (run or found[0], found[1] if step is None else step):
+        raise InputError(f"{path}: belongs to another run or step (step {found[1]}); "
+                         f"{DELETE_ADVICE}")
+    return state
+
+
+def log_row(step, batch, rate, seconds, train, heldout):
+    """One row of log.csv; train and heldout are what evaluate() returns, seconds of training."""
+    row = {"step": step, "images": step * batch,
+           "train_loss": f"{train[0]:.8g}", "heldout_loss": f"{heldout[0]:.8g}"}
+    for name, (_, levels) in (("train", train), ("heldout", heldout)):
+        row |= {f"{name}_loss_level{k}": f"{value:.8g}" for k, value in enumerate(levels)}
+    return row | {"images_per_second": f"{rate:.1f}", "seconds": f"{seconds:.1f}"}
+
+
+# --- The machine ----------------------------------------------------------------------------------
+
+
+class Meter:
+    """The last loss and the first step with a bad one, for the progress bar: `loss` and `bad_step`
+    are copies that nobody waits for, so they may lag behind the device.
+    """
+
+    def __init__(self, device):
+        self.status = torch.zeros(2, device=device)
+        self.seen = torch.zeros(2, pin_memory=device.type == "cuda")
+
+    def record(self, step, loss, world=1):
+        """Take the loss of `step`, a tensor on the device; averaged over `world` processes."""
+        loss = loss.detach()
+        if world > 1:
+            torch.distributed.all_reduce(loss)
+            loss /= world
+        bad = torch.where((self.status[1] == 0) & ~loss.isfinite(), step, self.status[1])
+        self.status = torch.stack([loss, bad])
+        self.seen.copy_(self.status, non_blocking=True)
+
+    @property
+    def loss(self):
+        """The last loss seen, a number."""
+        return float(self.seen[0])
+
+    @property
+    def bad_step(self):
+        """The first step seen with a loss that is not finite; 0 if none."""
+        return int(self.seen[1])
+
+
+def check_finite(meter, net, step, kept):
+    """Raise FloatingPointError if a loss so far or a weight is not finite. Waits for the device."""
+    bad_step = int(meter.status[1])
+    norms = torch.stack(torch._foreach_norm(list(net.parameters())))
+    if bad_step or not norms.isfinite().all():
+        state = f"the last good state, of step {kept}, is kept" if kept else "nothing was saved"
+        raise FloatingPointError(f"step {bad_step or step}: the loss or a weight is not finite; "
+                                 f"{state}. A lower --lr usually helps")
 
 
 def pick_device(name):
@@ -797,6 +1061,8 @@ def pick_device(name):
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
                          "devices that torch can use")
+    if kind == "cuda":
+        torch.cuda.set_device(int(number or 0))
     return torch.device(name)
 
 
@@ -805,11 +1071,13 @@ def join_processes(device):
 
     On CUDA each process of a machine takes the device of its LOCAL_RANK. Raises InputError.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdigit():
+        raise InputError(f"WORLD_SIZE={world}: must be a whole number, as torchrun sets it")
+    if int(world) == 1:
         return device, 0, 1
     if device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                          timeout=datetime.timedelta(hours=1))
     return device, torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -834,6 +1102,30 @@ def autocast(device, amp="auto"):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
+def compiled(net, device, choice, **more):
+    """The net, through torch.compile where --compile and the device say so; `more` goes there.
+
+    Raises InputError where a CPU has no C++ compiler.
+    """
+    if choice == "off" or (choice == "auto" and device.type == "cpu"):
+        return net
+    if device.type == "cpu" and not any(map(shutil.which, (
+            os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise InputError("--compile on: a CPU needs a C++ compiler (g++ or clang++) for it")
+    return torch.compile(net, fullgraph=True, dynamic=False, **more)
+
+
+def wrap(net, args, device, world):
+    """The net as the training step calls it: compiled, and averaging gradients over processes.
+
+    One process on CUDA replays the launches of a step as two CUDA graphs (reduce-overhead), since
+    small networks wait for launches.
+    """
+    graphs = {"mode": "reduce-overhead"} if device.type == "cuda" and world == 1 else {}
+    model = compiled(net, device, args.compile, **graphs)
+    return nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+
 def setup_cuda():
     """The same bits every time on one machine, and TF32 for what autocast leaves in float32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -844,53 +1136,150 @@ def setup_cuda():
     torch.backends.cudnn.allow_tf32 = True
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+def progress_bar(args, step, rank):
+    """A bar of the images seen, for the first process on a terminal."""
+    return tqdm(total=args.steps * args.batch, initial=step * args.batch, unit="img",
+                unit_scale=True, disable=True if rank else None)
 
 
-@torch.inference_mode()
-def evaluate(net, process, images, labels, count, amp="auto"):
-    """The loss over `count` images: mean, and by level of t.
+def say(rank, text):
+    """Print a line, once however many processes there are."""
+    if rank == 0:
+        print(text, flush=True)
 
-    The images are repeated in turn where there are fewer.
-    images uint8 (n, S, S, C), labels (n,) or None, on the net's device. Returns a number and
-    (LEVELS,), the means in equal slices of t. Image i of every split, at every evaluation of every
-    run, meets the same t and noise: differences come from the images and the weights alone.
+
+# --- Files and errors -----------------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: one line that names the flag or file and what is wrong."""
+
+
+@contextlib.contextmanager
+def reading(what, advice=""):
+    """Turn whatever goes wrong in a block that reads a file into one InputError line.
+
+    A damaged file can raise nearly anything. Running out of memory is not the file's fault and goes
+    through, and so does an InputError.
     """
-    device, n, losses = images.device, len(images), []
-    order = torch.randperm(count, generator=generator("cpu", "evaluation", count))
-    u = ((order + 0.5) / count).to(device)              # one t in each of `count` slices of [0, 1]
-    for block, index in enumerate(torch.arange(count, device=device).split(256)):
-        x0 = to_float(images[index % n])
-        g = generator(device, "evaluation", block)
-        eps = torch.randn(x0.shape, generator=g, device=device)
-        with autocast(device, amp):
-            losses.append(diffusion_loss(net, process, x0, process.snap(u[index]), eps,
-                                         None if labels is None else labels[index % n]))
-    losses = torch.cat(losses).double().cpu().numpy()
-    level = np.minimum((u.cpu().numpy() * LEVELS).astype(int), LEVELS - 1)
-    sums = np.bincount(level, losses, LEVELS)
-    return losses.mean(), sums / np.bincount(level, minlength=LEVELS)
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError,
+            getattr(torch, "AcceleratorError", MemoryError)):
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{what}: no such file (looked for from {Path.cwd()})") from None
+    except Exception as error:  # noqa: BLE001
+        text = (str(error).splitlines() or [""])[0][:120]
+        raise InputError(f"{what}: damaged, or of another kind ({type(error).__name__}: {text})"
+                         + (f"; {advice}" if advice else "")) from None
 
 
-def log_row(step, batch, rate, seconds, train, heldout):
-    """One row of log.csv; train and heldout are what evaluate() returns."""
-    row = {"step": step, "images": step * batch,
-           "train_loss": f"{train[0]:.8g}", "heldout_loss": f"{heldout[0]:.8g}"}
-    for name, (_, levels) in (("train", train), ("heldout", heldout)):
-        row |= {f"{name}_loss_level{k}": f"{value:.8g}" for k, value in enumerate(levels)}
-    return row | {"images_per_second": f"{rate:.1f}", "seconds": f"{seconds:.1f}"}
+@contextlib.contextmanager
+def needs_torchvision(what):
+    """Say in one line what to install where torchvision is missing or built for another torch."""
+    try:
+        yield
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        raise InputError(f"{what}: torchvision cannot be loaded beside torch {torch.__version__} "
+                         f"({str(error).splitlines()[0]}); install the two from the same place, "
+                         "as pytorch.org says") from None
 
 
-def check_finite(status, net, step, good):
-    """Raise FloatingPointError if a loss so far or a weight is not finite. Waits for the device."""
-    bad_step = int(status[1])
-    norms = torch.stack(torch._foreach_norm(list(net.parameters())))
-    if bad_step or not norms.isfinite().all():
-        kept = f"the last good state, of step {good}, is kept" if good else "nothing was saved"
-        raise FloatingPointError(f"step {bad_step or step}: the loss or a weight is not finite; "
-                                 f"{kept}. A lower --lr usually helps")
+def command_line(main):
+    """Decorate a script's main(argv): a failure that a user can mend ends it with one line.
+
+    Exit code 2 for bad input, 1 for what the machine could not do (memory, disk) and for a loss
+    that is not finite, 130 for Ctrl-C.
+    """
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        try:
+            return main(argv)
+        except InputError as error:
+            code, message = 2, f"error: {error}"
+        except torch.OutOfMemoryError:
+            code, message = 1, ("error: out of GPU memory; a smaller --batch (train.py) or "
+                                "--batch-size (sample.py) needs less")
+        except MemoryError as error:
+            code, message = 1, f"error: does not fit in memory ({error}); take fewer images"
+        except BrokenPipeError:                 # what read our output has closed it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        except (FloatingPointError, OSError) as error:
+            code, message = 1, f"error: {error}"
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):
+                raise
+            code, message = 1, "error: does not fit in memory; a smaller network or batch would"
+        except KeyboardInterrupt:
+            code, message = 130, "interrupted: the same command continues from what is saved"
+        print(message, file=sys.stderr)
+        raise SystemExit(code)
+    return wrapper
+
+
+def write_atomic(path, write):
+    """Call write(file) on a temporary file beside `path`, flush it to disk, move it into place.
+
+    A reader, a kill or a power cut sees the old file or the new one, never a part of it. Raises
+    OSError, naming the file.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:    # torch.save has a name of its own for a full disk
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def save(path, value):
+    """torch.save, atomically. Raises OSError."""
+    write_atomic(path, lambda file: torch.save(value, file))
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, atomically. Raises OSError."""
+    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def write_csv(path, rows, columns=None):
+    """Write a list of dicts with the same keys as a CSV file, atomically. Raises OSError.
+
+    columns: the header, needed where the list may be empty.
+    """
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(columns or rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    if not Path(path).exists() or Path(path).read_bytes() != text.getvalue().encode():
+        write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_csv(path):
+    """The rows of a CSV file as dicts of strings; [] where there is none. Raises InputError."""
+    if not Path(path).exists():
+        return []
+    with reading(path, "delete it, and the script that wrote it makes it again"), \
+            open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, strict=True))
+        if any(None in row or None in row.values() for row in rows):
+            raise ValueError("rows of different lengths")
+        return rows
+
+
+# --- Command line ---------------------------------------------------------------------------------
 
 
 @command_line
@@ -900,140 +1289,32 @@ def main(argv=None):
     Raises SystemExit: 2 on bad input, 1 when the loss is not finite or a file cannot be written.
     """
     args = parse(argv)
+    with torch.device("meta"):      # names impossible options before anything is read or fetched
+        build_net(vars(args), (args.size or 32, args.size or 32, 3), 10 * args.conditional)
     device, rank, world = join_processes(pick_device(args.device))
     if args.batch % world:
         raise InputError(f"--batch {args.batch}: {world} processes cannot share it evenly")
+    warm = math.ceil((10 * args.ema - 1) / (1 - args.ema))
+    if args.ema != make_parser().get_default("ema") and args.steps < warm:
+        say(rank, f"--ema {args.ema:g}: makes no difference in {args.steps:,} steps, since until "
+                  f"step {warm:,} the average is a shorter one, (1 + step) / (10 + step)")
     wait = torch.distributed.barrier if world > 1 else lambda: None
     if rank:
         wait()                                      # the first process downloads, for all
     data = load_data(args.data, args.n, args.size, args.offset)
     if not rank:
         wait()
-    check_size(data.train_images.shape[1], args.mults)
-    labels_of = (data.train_labels, data.test_labels)
-    classes = int(max(labels.max() for labels in labels_of)) + 1 if args.conditional else 0
-    net = build_net(vars(args), data.train_images.shape[3], classes)
+    labels = (data.train_labels.max(), data.heldout_labels.max())
+    net = build_net(vars(args), data.train_images.shape[1:],
+                    int(max(labels)) + 1 if args.conditional else 0)
     out = Path(args.out or f"runs/{run_name(args)}")
-    with contextlib.nullcontext() if rank else claimed(out, describe(args, data, net)):
+    record = describe(args, data, net)
+    with contextlib.nullcontext() if rank else claimed(out, record):
         wait()                                      # until the first process has the folder
-        train(args, out, data, net, device, rank, world)
+        train(args, record, out, data, net, device, rank, world)
         wait()
     if world > 1:
         torch.distributed.destroy_process_group()
-
-
-def resume(out, parts, steps, device):
-    """Load last.pt into `parts` ({name: net, average, ...}); returns (step, seconds, log rows).
-
-    (0, 0, []) where the run has not started. Raises InputError where it has, and last.pt is gone.
-    """
-    if (out / "last.pt").exists():
-        last = load_checkpoint(out / "last.pt", device)
-        for name, part in parts.items():
-            part.load_state_dict(last[name])
-        return last["step"], last["seconds"], last["rows"]
-    logged = read_csv(out / "log.csv")
-    step = int(logged[-1]["step"]) if logged else 0
-    if 0 < step < steps:
-        raise InputError(f"{out}/last.pt: missing, so the run cannot go on from step {step}; "
-                         "delete log.csv to start it over")
-    return step, 0.0, logged
-
-
-def train(args, out, data, net, device, rank=0, world=1):
-    """Train `net` on `data` from the last checkpoint in `out`, or from the start, to args.steps.
-
-    Of `world` processes each takes its share of every batch; the first one evaluates and writes.
-    """
-    if device.type == "cuda":
-        setup_cuda()
-    net.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    params, ema_params = list(net.parameters()), list(ema.parameters())
-    optimizer = torch.optim.Adam(params, lr=args.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
-    parts = {"net": net, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    start, seconds, rows = resume(out, parts, args.steps, device)
-    if start >= args.steps:
-        if not rank:
-            print(f"{out}: finished at step {start}; nothing to do")
-        return
-
-    if rows and not rank:
-        write_csv(out / "log.csv", rows)        # as the checkpoint knows it, whatever became of it
-    process = PROCESSES[args.process]
-    model = net
-    if args.compile and device.type == "cuda":
-        model = torch.compile(net, fullgraph=True)
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(model)
-    images, held, labels, held_labels = (torch.from_numpy(data_part).to(device) for data_part in (
-        data.train_images, data.test_images, data.train_labels, data.test_labels))
-    if not net.classes:
-        labels = held_labels = None
-    shape = (args.batch, images.shape[3], *images.shape[1:3])
-    mine = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
-    evaluations = evaluation_steps(args.steps, args.evals_per_doubling, args.first_eval)
-    status = torch.zeros(2, device=device)                      # loss; first step with a bad one
-    seen = torch.zeros(2, pin_memory=device.type == "cuda")     # a copy that nobody waits for
-    if not rank:
-        print(f"{out}: {sum(p.numel() for p in params):,} parameters, {args.n} images, on "
-              f"{world} x {device.type}, steps {start} to {args.steps}", flush=True)
-    bar = tqdm(total=args.steps * args.batch, initial=start * args.batch, unit="img",
-               unit_scale=True, disable=True if rank else None)
-    good = lap_step = start
-    began = lap = time.monotonic()
-    for step in range(start + 1, args.steps + 1):
-        # Every process draws the whole batch and takes its share: the same for any number of them.
-        index = batch_indices(args.n, args.batch, args.seed, step, device)[mine]
-        t, eps, flips = (v[mine] for v in step_noise(process, shape, args.seed, step, device))
-        x0 = to_float(images[index])
-        if args.flip:
-            x0 = torch.where(expand(flips, x0), x0.flip(3), x0)
-        with autocast(device, args.amp):
-            loss = diffusion_loss(model, process, x0, t, eps,
-                                  None if labels is None else labels[index]).mean()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(ema_params, params, 1 - min(args.ema, (1 + step) / (10 + step)))
-
-        loss = loss.detach()
-        if world > 1:
-            torch.distributed.all_reduce(loss)
-            loss /= world
-        bad = torch.where((status[1] == 0) & ~loss.isfinite(), step, status[1])
-        status = torch.stack([loss, bad])
-        seen.copy_(status, non_blocking=True)
-        bar.set_postfix(step=step, loss=f"{seen[0]:.4f}", refresh=False)
-        bar.update(args.batch)
-        saving = time.monotonic() - lap > 60 * args.save_minutes
-        if not (step in evaluations or saving or seen[1]):
-            continue
-
-        check_finite(status, net, step, good)
-        if rank:
-            good, lap = step, time.monotonic()
-            continue                                # and wait for the first in the next step
-        now = time.monotonic()
-        rate = (step - lap_step) * args.batch / (now - lap)
-        if step in evaluations:
-            save(out / f"snapshots/{step:07d}.pt", {"step": step, "ema": ema.state_dict()})
-            train_loss = evaluate(ema, process, images, labels, args.eval_images, args.amp)
-            heldout_loss = evaluate(ema, process, held, held_labels, args.eval_images, args.amp)
-            rows.append(log_row(step, args.batch, rate, seconds + now - began, train_loss,
-                                heldout_loss))
-            write_csv(out / "log.csv", rows)
-            bar.write(f"step {step:7d}  train {train_loss[0]:.5f}  "
-                      f"held-out {heldout_loss[0]:.5f}  {rate:.0f} images/s")
-        save(out / "last.pt", {"step": step, "seconds": seconds + time.monotonic() - began,
-                               "rows": rows, **{k: part.state_dict() for k, part in parts.items()}})
-        good, lap, lap_step = step, time.monotonic(), step
-    bar.close()
-    if not rank:
-        print(f"next: python sample.py {out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ once.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,16 +21,25 @@ TINY = ["--data", "toy", "--size", "8", "--width", "8", "--mults", "1", "2", "--
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """A run folder of 16 steps, sampled and measured. Tests copy it before they change anything."""
-    import measure
+def sampled_run(tmp_path_factory):
+    """A run folder of 16 steps, sampled. Tests copy it before they change anything."""
     import sample
     import train
     os.chdir(tmp_path_factory.mktemp("cwd"))    # data/cache goes here, not into the repository
-    run = tmp_path_factory.mktemp("runs") / "tiny"
+    run = tmp_path_factory.mktemp("runs") / "sampled"
     train.main([*TINY, "--steps", "16", "--out", str(run)])
-    sample.main([str(run), "--num", "12", "--sampling-steps", "5", "--device", "cpu"])
-    sample.main([str(run), "--num", "12", "--sampling-steps", "50", "--exact", "--device", "cpu"])
+    more = ["--num", "12", "--device", "cpu", "--sampling-steps"]
+    sample.main([str(run), *more, "5"])
+    sample.main([str(run), *more, "5", "--exact"])
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(sampled_run):
+    """A run folder of 16 steps, sampled and measured. Tests copy it before they change anything."""
+    import measure
+    run = sampled_run.with_name("tiny")
+    shutil.copytree(sampled_run, run)
     measure.main([str(run), "--device", "cpu"])
     return run
 

@@ -24,16 +24,16 @@ def pictures(n, seed=0, size=8):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_exact_denoiser_of_one_image_leads_to_it(name, eta):
     process, image = PROCESSES[name], pictures(1)
-    predict = sample.exact_predictor(process, image)
-    found = sample.sample(predict, process, image.shape[1:], [(0, i) for i in range(3)], 20, eta)
+    net = sample.memorizer(process, image)
+    found, _ = sample.sample(net, process, image.shape[1:], [(0, i) for i in range(3)], 20, eta)
     torch.testing.assert_close(found, image.expand(3, -1, -1, -1), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_exact_denoiser_of_many_images_copies_all_of_them(name):
     process, images = PROCESSES[name], pictures(4)
-    predict = sample.exact_predictor(process, images)
-    found = sample.sample(predict, process, images.shape[1:], [(0, i) for i in range(40)], 100)
+    net = sample.memorizer(process, images)
+    found, _ = sample.sample(net, process, images.shape[1:], [(0, i) for i in range(40)], 100)
     distance = (found[:, None] - images).flatten(2).norm(dim=2)
     assert distance.amin(1).max() < 0.05
     assert set(distance.argmin(1).tolist()) == {0, 1, 2, 3}
@@ -54,12 +54,12 @@ def test_exact_denoiser_at_no_noise_is_the_nearest_image_and_finite():
     torch.testing.assert_close(found, images)
 
 
-def test_exact_predictor_keeps_to_the_class():
+def test_memorizer_keeps_to_the_class():
     images, labels = pictures(4), torch.tensor([0, 1, 0, 1])
     want = torch.tensor([1, 1, 0])
-    predict = sample.exact_predictor(PROCESSES["flow"], images, (labels, want))
-    found = sample.sample(predict, PROCESSES["flow"], images.shape[1:],
-                          [(0, i) for i in range(3)], 50)
+    net = sample.memorizer(PROCESSES["flow"], images, labels)
+    found, _ = sample.sample(net, PROCESSES["flow"], images.shape[1:], [(0, i) for i in range(3)],
+                             50, labels=want)
     nearest = (found[:, None] - images).flatten(2).norm(dim=2).argmin(1)
     assert torch.equal(labels[nearest], want)
 
@@ -75,7 +75,7 @@ def test_eta_1_is_the_ddpm_posterior(step):
     mean = (np.sqrt(before) * b / (1 - now)) * x0 + (np.sqrt(1 - b) * (1 - before) / (1 - now)) * xt
     variance = (1 - before) / (1 - now) * b
     t, t_next = (torch.tensor(k / 1000, dtype=torch.float64) for k in (step, step - 1))
-    got = sample.ddim_step(PROCESSES["ddpm"], xt, eps, t, t_next, 1.0, z)
+    got = sample.ddim_step(PROCESSES["ddpm"], xt, eps, t, t_next, 1.0, z)[0]
     torch.testing.assert_close(got, mean + np.sqrt(variance) * z, rtol=1e-9, atol=1e-9)
 
 
@@ -83,14 +83,14 @@ def test_flow_at_eta_0_is_the_euler_step():
     x, v = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
     for t, t_next in ((1.0, 0.75), (0.5, 0.25), (0.25, 0.0)):
         t, t_next = (torch.tensor(value, dtype=torch.float64) for value in (t, t_next))
-        got = sample.ddim_step(PROCESSES["flow"], x, v, t, t_next, 0.0, None)
+        got = sample.ddim_step(PROCESSES["flow"], x, v, t, t_next)[0]
         torch.testing.assert_close(got, x + (t_next - t) * v)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_times_fall_from_one_to_zero(name):
     for steps in (1, 7, 250):
-        times = PROCESSES[name].times(steps)
+        times = sample.sampling_times(PROCESSES[name], steps)
         assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
         assert (times[1:] < times[:-1]).all()
 
@@ -101,7 +101,8 @@ def test_image_i_does_not_depend_on_the_batch(eta):
     net = train.UNet(8, (1, 2), 1, None, 16).eval()
     torch.nn.init.normal_(net.conv_out.weight, std=0.1)
     def run(indices):
-        return sample.sample(net, PROCESSES["ddpm"], (3, 8, 8), [(0, i) for i in indices], 5, eta)
+        return sample.sample(net, PROCESSES["ddpm"], (3, 8, 8), [(0, i) for i in indices], 5,
+                             eta)[0]
     torch.randn(3)
     together = run(range(6))
     torch.testing.assert_close(torch.cat([run([i]) for i in range(6)]), together,
@@ -109,38 +110,131 @@ def test_image_i_does_not_depend_on_the_batch(eta):
     assert not torch.allclose(together[0], together[1])
 
 
-def test_samples_file_and_grid(tiny_run):
-    for step in (4, 16):
-        images, labels, settings = sample.read_samples(tiny_run / f"samples/{step:07d}.npz")
-        assert images.shape == (12, 8, 8, 3) and images.dtype == np.uint8
-        assert (labels == -1).all() and settings["sampling_steps"] == 5
-        assert (tiny_run / f"samples/{step:07d}.png").read_bytes()[1:4] == b"PNG"
+def saturated(images):
+    """The share of values at an end of the range."""
+    return float(((images < -0.999) | (images > 0.999)).float().mean())
 
 
-def test_sampling_is_repeatable_skips_what_is_done_and_extends(tiny_run, tmp_path, capsys):
+def noisy(net, error, seed=0):
+    """The net with an error of so many per cent (rms) in its prediction."""
+    g = torch.Generator().manual_seed(seed)
+
+    def with_error(xt, t, labels=None):
+        prediction = net(xt, t, labels)
+        return prediction + error * torch.randn(prediction.shape, generator=g)
+    return with_error
+
+
+def test_what_clipping_is_for():
+    # Where the images are N(0, .09) in each value, x0 = a .09 / (.09 a^2 + s^2) xt. A net whose eps
+    # is a fifth too small, as a little-trained one's is, errs by .2 / sqrt(alpha_bar) = 31 in x0 at
+    # t = 1; without clipping the error stays, and the samples are saturated.
+    process = PROCESSES["ddpm"]
+
+    def net(xt, t, labels):
+        a, s = (train.expand(v, xt) for v in process.schedule(t))
+        return 0.8 * process.prediction(xt, a * 0.09 / (0.09 * a**2 + s**2) * xt, t)
+    (plain, left), (clipped, left_clipped) = (
+        sample.sample(net, process, (3, 8, 8), [(0, i) for i in range(16)], 50, clip=clip)
+        for clip in (False, True))
+    assert saturated(plain) > 0.3 and plain.std() > 1 and left.mean() > 0.3
+    assert saturated(clipped) < 0.1 and clipped.std() < 0.6 and left_clipped.mean() < 0.06
+
+
+def test_clipped_and_exact_the_sampler_ends_the_same():
+    process, images = PROCESSES["ddpm"], pictures(4)
+    seeds = [(0, i) for i in range(8)]
+    (one, _), (two, _) = (sample.sample(sample.memorizer(process, images), process, (3, 8, 8),
+                                        seeds, 50, clip=clip) for clip in (False, True))
+    torch.testing.assert_close(one, two, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("predicts", ["eps", "v"])
+def test_a_new_process_is_a_few_lines(monkeypatch, tmp_path, predicts):
+    def cosine(t):
+        return torch.cos(t * torch.pi / 2), torch.sin(t * torch.pi / 2)
+    monkeypatch.setitem(PROCESSES, "cosine",
+                        train.Process(cosine, train.PREDICTIONS[predicts], clip=True))
+    process, images = PROCESSES["cosine"], pictures(4) * 0.8
+    for net, close in ((sample.memorizer(process, images), 0.03),
+                       (noisy(sample.memorizer(process, images), 0.03), 0.1)):
+        found, _ = sample.sample(net, process, (3, 8, 8), [(0, i) for i in range(16)], 50,
+                                 clip=process.clip)
+        distance = (found[:, None] - images).square().mean((2, 3, 4)).sqrt()
+        assert distance.amin(1).max() < close and saturated(found) < 0.02
+        assert len(set(distance.argmin(1).tolist())) == 4
     run = tmp_path / "r"
-    shutil.copytree(tiny_run, run)
-    more = ["--sampling-steps", "5", "--device", "cpu"]
+    train.main([*TINY, "--process", "cosine", "--weighting", "sigmoid", "--steps", "4",
+                "--out", str(run)])
+    sample.main([str(run), "--num", "4", "--sampling-steps", "5", "--device", "cpu"])
+    made = sample.read_samples(run / "samples/steps5/0000004.npz")
+    assert made.settings["clip"] is True and 0 <= made.out_of_range <= 1
+
+
+def test_samples_file_and_grid(sampled_run):
+    assert sample.sample_sets(sampled_run) == {"steps5": [4, 6, 8, 11, 16]}
+    for step in (4, 16):
+        found = sample.read_samples(sample.samples_path(sampled_run, "steps5", step))
+        assert found.images.shape == (12, 8, 8, 3) and found.images.dtype == np.uint8
+        assert (found.labels == -1).all()
+        assert found.settings == {"sampling_steps": 5, "eta": 0.0, "clip": True, "seed": 0}
+        assert (sampled_run / f"samples/steps5/{step:07d}.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_sampling_is_repeatable_skips_what_is_done_and_extends(sampled_run, tmp_path, capsys):
+    run = tmp_path / "r"
+    shutil.copytree(sampled_run, run)
+    more, path = ["--sampling-steps", "5", "--device", "cpu"], run / "samples/steps5/0000016.npz"
     sample.main([str(run), "--num", "12", *more])
     assert "0 of 5" in capsys.readouterr().out
-    before, _, _ = sample.read_samples(run / "samples/0000016.npz")
+    before = sample.read_samples(path).images
     sample.main([str(run), "--num", "20", "--steps-only", "16", "--batch-size", "3", *more])
-    after, _, _ = sample.read_samples(run / "samples/0000016.npz")
+    after = sample.read_samples(path).images
     assert len(after) == 20
     assert np.abs(after[:12].astype(int) - before).max() <= 1       # rounding, at other batch sizes
 
 
-def test_conditional_samples_have_every_label_in_turn(tmp_path):
+def test_samples_of_other_settings_stand_side_by_side(sampled_run, tmp_path):
     run = tmp_path / "r"
-    train.main([*TINY, "--conditional", "--process", "flow", "--steps", "4", "--out", str(run)])
-    sample.main([str(run), "--num", "7", "--sampling-steps", "3", "--device", "cpu"])
-    sample.main([str(run), "--num", "7", "--sampling-steps", "20", "--exact", "--device", "cpu"])
-    _, labels, _ = sample.read_samples(run / "samples/0000004.npz")
-    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    images, labels, _ = sample.read_samples(run / "samples/exact.npz")
-    data = train.load_data("toy", 8, 8)
-    nearest = np.abs(images[:, None].astype(int) - data.train_images).sum((2, 3, 4)).argmin(1)
-    assert np.array_equal(data.train_labels[nearest], labels)
+    shutil.copytree(sampled_run, run)
+    before = (run / "samples/steps5/0000016.npz").read_bytes()
+    sample.main([str(run), "--num", "3", "--sampling-steps", "5", "--eta", "1", "--no-clip",
+                 "--seed", "7", "--steps-only", "16", "--device", "cpu"])
+    assert sample.sample_sets(run) == {"steps5": [4, 6, 8, 11, 16],
+                                       "steps5_eta1_no-clip_seed7": [16]}
+    assert (run / "samples/steps5/0000016.npz").read_bytes() == before
+
+
+def test_samples_of_another_step_or_run_are_refused(sampled_run, tmp_path, refused):
+    run = tmp_path / "r"
+    shutil.copytree(sampled_run, run)
+    files = [run / f"samples/steps5/{step:07d}.npz" for step in (4, 16)]
+    shutil.copy(files[0], files[1])
+    more = ["--sampling-steps", "5", "--num", "12"]
+    refused(sample.main, [run, *more], files[1], "0000004")
+    shutil.copy(sampled_run / "snapshots/0000004.pt", run / "snapshots/0000016.pt")
+    files[1].unlink()
+    refused(sample.main, [run, *more], "0000016.pt", "step 4")
+    train.main([*TINY, "--seed", "1", "--steps", "4", "--out", str(tmp_path / "other")])
+    shutil.copy(tmp_path / "other/snapshots/0000004.pt", run / "snapshots/0000004.pt")
+    files[0].unlink()
+    refused(sample.main, [run, "--steps-only", "4", *more], "0000004.pt", "another run")
+
+
+def test_conditional_samples_have_the_subsets_labels_in_turn(tmp_path):
+    run = tmp_path / "r"                        # the first 16 digits lack some classes
+    train.main([*TINY, "--data", "digits", "--n", "16", "--conditional", "--process", "flow",
+                "--steps", "4", "--out", str(run)])
+    more = ["--num", "9", "--device", "cpu", "--sampling-steps"]
+    sample.main([str(run), *more, "3"])
+    sample.main([str(run), *more, "20", "--exact"])
+    labels = sample.read_samples(run / "samples/steps3/0000004.npz").labels
+    data = train.load_data("digits", 16)
+    classes = sorted(set(data.train_labels.tolist()))
+    assert classes != list(range(10)) and labels.tolist() == (2 * classes)[:9]
+    found = sample.read_samples(run / "samples/steps20/exact.npz")
+    nearest = np.abs(found.images[:, None].astype(int) - data.train_images).sum((2, 3, 4)).argmin(1)
+    assert np.array_equal(data.train_labels[nearest], found.labels)
 
 
 @pytest.mark.parametrize(("more", "words"), [
@@ -149,29 +243,30 @@ def test_conditional_samples_have_every_label_in_turn(tmp_path):
     (["--eta", "2"], ["--eta 2"]),
     (["--sampling-steps", "1001"], ["--sampling-steps 1001", "1000"]),
     (["--sampling-steps", "0"], ["--sampling-steps 0"]),
-    (["--sampling-steps", "9", "--num", "2"], ["sampling_steps 5", "delete"]),
     (["--exact", "--data", "none.npz", "--sampling-steps", "50", "--num", "99"], ["none.npz"]),
     (["--device", "cuda:99"], ["--device cuda:99"]),
 ])
-def test_bad_options_are_named(tiny_run, refused, more, words):
-    files = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*")}
-    refused(sample.main, [tiny_run, *more], *words)
-    assert files == {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*")}
+def test_bad_options_are_named(sampled_run, refused, more, words):
+    files = {p: p.stat().st_mtime_ns for p in sampled_run.rglob("*")}
+    refused(sample.main, [sampled_run, *more], *words)
+    assert files == {p: p.stat().st_mtime_ns for p in sampled_run.rglob("*")}
 
 
-def test_bad_run_folders_and_snapshots_are_named(tiny_run, tmp_path, refused):
+def test_bad_run_folders_and_snapshots_are_named(sampled_run, tmp_path, refused):
     refused(sample.main, [tmp_path / "none"], "none", "not a run folder")
     run = tmp_path / "r"
-    shutil.copytree(tiny_run, run)
+    shutil.copytree(sampled_run, run)
     shutil.rmtree(run / "samples")
     snapshot = run / "snapshots/0000004.pt"
     whole = snapshot.read_bytes()
     snapshot.write_bytes(whole[:2000])
     refused(sample.main, [run, "--steps-only", "4"], snapshot, "damaged")
-    state = torch.load(tiny_run / "snapshots/0000004.pt", weights_only=True)
+    state = torch.load(sampled_run / "snapshots/0000004.pt", weights_only=True)
     del state["ema"]["conv_in.bias"]
     torch.save(state, snapshot)
     refused(sample.main, [run, "--steps-only", "4"], snapshot, "args.json")
+    (run / "snapshots/0000004 (1).pt").write_bytes(whole)           # a stray copy is no snapshot
+    assert sample.snapshots(run) == [4, 6, 8, 11, 16]
     shutil.rmtree(run / "snapshots")
     refused(sample.main, [run], "no snapshots")
     record = json.loads((run / "args.json").read_text())

@@ -43,7 +43,7 @@ def same_state(a, b):
 def test_ddpm_schedule_matches_its_product():
     beta = np.linspace(1e-4, 0.02, 1000)
     k = np.array([1, 2, 500, 1000])
-    a, s = PROCESSES["ddpm"].a_s(torch.tensor(k / 1000, dtype=torch.float32))
+    a, s = PROCESSES["ddpm"].schedule(torch.tensor(k / 1000, dtype=torch.float32))
     expected = np.array([np.prod(1 - beta[:i]) for i in k])
     np.testing.assert_allclose(a.numpy() ** 2, expected, rtol=2e-6)
     np.testing.assert_allclose(s.numpy() ** 2, 1 - expected, rtol=2e-6)
@@ -51,26 +51,70 @@ def test_ddpm_schedule_matches_its_product():
 
 def test_every_ddpm_time_finds_its_step_in_float32():
     t = torch.arange(1001, dtype=torch.float32) / 1000
-    a, _ = PROCESSES["ddpm"].a_s(t)
+    a, _ = PROCESSES["ddpm"].schedule(t)
     assert (a[1:] < a[:-1]).all() and a[0] == 1
 
 
 def test_flow_is_a_straight_line():
-    a, s = PROCESSES["flow"].a_s(torch.tensor([0.0, 0.25, 1.0]))
+    a, s = PROCESSES["flow"].schedule(torch.tensor([0.0, 0.25, 1.0]))
     assert a.tolist() == [1, 0.75, 0] and s.tolist() == [0, 0.25, 1]
 
 
-@pytest.mark.parametrize("name", PROCESSES)
-def test_split_undoes_q_sample(name):
-    process, g = PROCESSES[name], torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(2, 4, 3, 8, 8, generator=g, dtype=torch.float64)
-    t = process.snap(torch.tensor([0.0, 0.3, 0.6, 0.99], dtype=torch.float64))
-    xt = train.q_sample(process, x0, t, eps)
-    a, s = (train.expand(v, xt) for v in process.a_s(t))
+SCHEDULES = {"linear_beta": (train.linear_beta, 1000), "straight_line": (train.straight_line, 0)}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("predicts", train.PREDICTIONS)
+def test_a_prediction_gives_back_x0_and_eps(schedule, predicts):
+    function, T = SCHEDULES[schedule]
+    process = train.Process(function, train.PREDICTIONS[predicts], T)
+    x0, eps = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0),
+                          dtype=torch.float64)
+    t = process.snap(torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64))
+    xt, prediction = train.q_sample(process, x0, t, eps), process.target(x0, eps, t)
+    a, s = (train.expand(v, xt) for v in process.schedule(t))
     torch.testing.assert_close(xt, a * x0 + s * eps)
-    got = process.split(xt, process.c * x0 + process.d * eps, a, s)
+    got = process.x0_eps(xt, prediction, t)
     torch.testing.assert_close(got[0], x0)
     torch.testing.assert_close(got[1], eps)
+    torch.testing.assert_close(process.prediction(xt, x0, t), prediction)
+
+
+def test_fingerprints_go_by_what_a_process_computes():
+    flow = PROCESSES["flow"]
+    again = train.Process(lambda t: (1 - t, t), lambda a, s: (-1.0, 1.0))
+    assert train.fingerprint(flow) == train.fingerprint(again)
+    others = [PROCESSES["ddpm"], flow._replace(predicts=train.PREDICTIONS["v"]),
+              flow._replace(schedule=lambda t: (1 - t**2, t)), PROCESSES["ddpm"]._replace(T=500)]
+    assert len({train.fingerprint(p) for p in (flow, *others)}) == 5
+
+
+def test_sigmoid_weighting_is_sid2s():
+    # Hoogeboom, eq. 4, with bias 2, for the error of rectified flow's velocity
+    t = torch.linspace(0.01, 0.99, 50)
+    e2 = math.exp(2)
+    closed = 2 * e2 * t * (1 - t) / ((1 - t) ** 2 + e2 * t**2)
+    torch.testing.assert_close(train.sigmoid_weight(PROCESSES["flow"], t), closed, rtol=1e-3,
+                               atol=1e-4)
+    # It is a weight of the error of eps, whatever is predicted: x0's is a^2 / s^2 as large.
+    ddpm = PROCESSES["ddpm"]
+    x0 = ddpm._replace(predicts=train.PREDICTIONS["x0"])
+    t = torch.tensor([0.2, 0.5, 0.9])
+    torch.testing.assert_close(train.sigmoid_weight(x0, t),
+                               train.sigmoid_weight(ddpm, t) * ddpm.log_snr(t).exp(), rtol=1e-4,
+                               atol=0)
+    every = ddpm.snap(torch.rand(1000))
+    assert train.sigmoid_weight(ddpm, every).isfinite().all()
+    assert train.sigmoid_weight(PROCESSES["flow"], torch.tensor([0.0, 1.0])).isfinite().all()
+
+
+def test_weighting_is_only_the_trained_loss(tmp_path):
+    for weighting in train.WEIGHTINGS:
+        train.main([*TINY, "--process", "flow", "--weighting", weighting, "--steps", "4",
+                    "--out", str(tmp_path / weighting)])
+    one, two = (columns(tmp_path / weighting)[0] for weighting in train.WEIGHTINGS)
+    assert one != two and float(one["train_loss"]) == pytest.approx(float(two["train_loss"]),
+                                                                    rel=0.02)
 
 
 def test_loss_of_a_known_prediction():
@@ -171,8 +215,9 @@ def test_toy_subsets_are_nested_and_held_out_images_are_others():
     assert small.train_images.shape == (8, 16, 16, 3) and small.train_images.dtype == np.uint8
     assert np.array_equal(small.train_images, large.train_images[:8])
     assert np.array_equal(small.train_labels, large.train_labels[:8])
-    assert np.array_equal(small.test_images, large.test_images) and len(small.test_images) == 5120
-    assert not np.array_equal(small.train_images, small.test_images[:8])
+    assert np.array_equal(small.heldout_images, large.heldout_images)
+    assert len(small.heldout_images) == 5120
+    assert not np.array_equal(small.train_images, small.heldout_images[:8])
     assert np.array_equal(train.load_data("toy", 8, offset=8).train_images,
                           large.train_images[8:16])
     assert set(np.unique(train.load_data("toy", 200).train_labels)) == {0, 1, 2}
@@ -195,7 +240,7 @@ def test_npz_subsets_and_area_average(tmp_path):
     data, half = train.load_data(str(path), 4), train.load_data(str(path), 4, size=4)
     with np.load(path) as archive:
         assert np.array_equal(data.train_images, archive["train_images"][:4])
-        assert np.array_equal(data.test_labels, archive["test_labels"])
+        assert np.array_equal(data.heldout_labels, archive["test_labels"])
         mean = archive["train_images"][:4].reshape(4, 4, 2, 4, 2, 1).mean((2, 4))
     assert half.train_images.shape == (4, 4, 4, 1)
     assert np.abs(half.train_images - mean).max() <= 0.5
@@ -204,8 +249,8 @@ def test_npz_subsets_and_area_average(tmp_path):
 def test_hash_names_the_subset(tmp_path):
     path = write_npz(tmp_path / "d.npz")
     one, other = (train.load_data(str(path), n) for n in (4, 5))
-    assert train.subset_hash(one) == train.subset_hash(train.load_data(str(path), 4))
-    assert train.subset_hash(one) != train.subset_hash(other)
+    assert train.hash_of(*one[:2]) == train.hash_of(*train.load_data(str(path), 4)[:2])
+    assert train.hash_of(*one[:2]) != train.hash_of(*other[:2])
 
 
 # --- Randomness -----------------------------------------------------------------------------------
@@ -241,24 +286,24 @@ def test_evaluation_steps_are_shared_by_runs_of_any_length():
 # --- Training -------------------------------------------------------------------------------------
 
 
-def test_run_folder_holds_what_it_should(tiny_run):
-    assert [int(r["step"]) for r in columns(tiny_run)] == [4, 6, 8, 11, 16]
-    row = columns(tiny_run)[-1]
+def test_run_folder_holds_what_it_should(sampled_run):
+    assert [int(r["step"]) for r in columns(sampled_run)] == [4, 6, 8, 11, 16]
+    row = columns(sampled_run)[-1]
     levels = [float(row[f"train_loss_level{k}"]) for k in range(10)]
     assert np.isclose(np.mean(levels), float(row["train_loss"]), rtol=1e-6)
     assert int(row["images"]) == 64
-    record = json.loads((tiny_run / "args.json").read_text())
+    record = json.loads((sampled_run / "args.json").read_text())
     net = UNet(8, (1, 2), 1, None, 16)
     assert record["parameters"] == sum(p.numel() for p in net.parameters())
-    assert record["subset_sha256"] == train.subset_hash(train.load_data("toy", 8, 8))
-    assert {p.stem for p in (tiny_run / "snapshots").glob("*.pt")} == {
+    assert record["subset_sha256"] == train.hash_of(*train.load_data("toy", 8, 8)[:2])
+    assert {p.stem for p in (sampled_run / "snapshots").glob("*.pt")} == {
         "0000004", "0000006", "0000008", "0000011", "0000016"}
 
 
 def test_first_step_is_adam_and_a_warmed_up_average(tmp_path):
     train.main([*TINY, "--steps", "1", "--lr", "0.01", "--out", str(tmp_path / "r")])
     record, last = train.read_run(tmp_path / "r"), train.load_checkpoint(tmp_path / "r/last.pt")
-    start = train.build_net(record["options"], 3, 0).state_dict()
+    start = train.build_net(record["options"], (8, 8, 3), 0).state_dict()
     # Adam's first step is lr * g / (|g| + 1e-8), so lr where there is a gradient; the output layer
     # has one.
     moved = (last["net"]["conv_out.bias"] - start["conv_out.bias"]).abs()
@@ -347,7 +392,7 @@ def test_the_average_keeps_no_history(tmp_path, monkeypatch):
     assert seen and not any(any(one) for one in seen)
 
 
-def test_a_lost_log_is_written_again_and_a_lost_checkpoint_named(tmp_path, refused):
+def test_a_lost_log_is_written_again_and_a_lost_checkpoint_made_anew(tmp_path):
     run = tmp_path / "r"
     train.main([*TINY, "--steps", "8", "--out", str(run)])
     log = (run / "log.csv").read_text()
@@ -357,14 +402,17 @@ def test_a_lost_log_is_written_again_and_a_lost_checkpoint_named(tmp_path, refus
     assert (run / "log.csv").read_text().startswith(log) and not (run / ".last.pt.1.tmp").exists()
     (run / "last.pt").unlink()
     train.main([*TINY, "--steps", "11", "--out", str(run)])         # finished all the same
-    refused(train.main, [*TINY, "--steps", "12", "--out", run], "last.pt", "missing")
+    train.main([*TINY, "--steps", "12", "--out", str(run)])         # starts over
+    train.main([*TINY, "--steps", "12", "--out", str(tmp_path / "a")])
+    assert same_state(run, tmp_path / "a")
 
 
-def test_a_finished_run_says_so_and_does_nothing(tiny_run, capsys):
-    before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*.*") if p.name != ".lock"}
-    train.main([*TINY, "--steps", "16", "--out", str(tiny_run)])
-    assert "finished" in capsys.readouterr().out
-    assert before == {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*.*") if p.name != ".lock"}
+def test_a_finished_run_says_so_and_does_nothing(sampled_run, capsys):
+    def files():
+        return {p: p.stat().st_mtime_ns for p in sampled_run.rglob("*.*") if p.suffix != ".lock"}
+    before = files()
+    train.main([*TINY, "--steps", "16", "--out", str(sampled_run)])
+    assert "finished" in capsys.readouterr().out and files() == before
 
 
 def test_divergence_names_the_step_and_keeps_the_last_good_state(tmp_path, refused):
@@ -446,16 +494,16 @@ def test_more_images_than_there_are_and_a_file_cut_short(tmp_path, refused):
     refused(train.main, [*TINY, "--data", path, "--n", "11", "--out", tmp_path / "r"],
             "--n 11", "10")
     path.write_bytes(path.read_bytes()[:-500])
-    refused(train.main, [*TINY, "--data", path, "--out", tmp_path / "r"], path, "readable")
+    refused(train.main, [*TINY, "--data", path, "--out", tmp_path / "r"], path, "damaged")
 
 
-def test_folders_that_are_refused(tmp_path, tiny_run, refused):
+def test_folders_that_are_refused(tmp_path, sampled_run, refused):
     run = tmp_path / "r"
-    shutil.copytree(tiny_run, run)
+    shutil.copytree(sampled_run, run)
     before = (run / "last.pt").read_bytes()
     refused(train.main, [*TINY, "--steps", "20", "--lr", "1e-3", "--out", run], run, "another lr")
     (tmp_path / "file").write_text("x")
-    refused(train.main, [*TINY, "--out", tmp_path / "file/r"], "cannot be written")
+    refused(train.main, [*TINY, "--out", tmp_path / "file/r"], "file/r", code=1)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/todo.txt").write_text("x")
     refused(train.main, [*TINY, "--out", tmp_path / "notes"], "no args.json")
