@@ -1,160 +1,100 @@
-"""Measure every snapshot's samples: how many are copies, \
-and how close they are to the train and held-out images.
+"""Measure every snapshot's samples: how many are copies, and how good they are.
 
-    # copies only need pixels; so do toys
-    python measure.py runs/N16_w32_B16_lr2e-3_s0
-    # FID as everyone reports it
+    python measure.py runs/N64_w32_B16_lr1e-3_s0                # whatever is not measured yet
+    # FID as everyone reports it; downloads the network's weights, 95 MB
     python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features inception
-    # where no weights can be had
-    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features pixels
+    # which known denoiser does the network follow, at which step and noise?
+    python measure.py runs/N64_w32_B16_lr1e-3_s0 --denoisers
 
-Writes metrics.csv (a row a snapshot), controls.csv (the same numbers on images known not to be, or
-to be, copies) and neighbours/STEP.npz (distances and indices of the two nearest training images,
-and the nearest ones to look at).
-What is done is skipped. Distances are computed without TF32; the two nearest are exact.
+Writes metrics.csv (a row per snapshot), controls.csv (the same numbers of pictures known to be
+copies, and known not to be), spectrum.csv, duplicates.csv and neighbours/STEP.npz (nearest training
+images, and 64 to look at). To add a metric, write a function from a Context to columns and name it
+in METRICS: runs measured before get its columns on the next call, and keep those that they have.
 
-Equation numbers: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" is 1801.01401 (KID),
-"Kynkaanniemi" is 1904.06991 (precision and recall), "Alaa" is 2102.08921 (AuthPct), "Yoon" is
-openreview shciCbSk9h (d1/d2 < 1/3).
+Sources: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" 1801.01401 (KID), "Kynkaanniemi" 1904.06991
+(precision and recall), "Alaa" 2102.08921 (AuthPct), "Yoon" openreview shciCbSk9h (d1/d2 < 1/3),
+"Wang" 2412.09726 and "Kamb" 2412.20292 (denoisers), "Kadkhodaie" 2310.02557 (twins).
 """
 
 import argparse
+import ast
+import functools
 import hashlib
+import inspect
 import math
-from contextlib import contextmanager
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sample import exact_predictor, load_subset, read_samples
-from train import (
-    PROCESSES,
-    UNREADABLE,
-    InputError,
-    command_line,
-    evaluate,
-    pick_device,
-    read_csv,
-    read_run,
-    to_float,
-    write_atomic,
-    write_csv,
-)
+from sample import (load_ema, load_net, memorizer, read_samples, sample, sample_sets, samples_path,
+                    sampling_times, snapshots)
+from train import (LEVELS, PROCESSES, InputError, autocast, command_line, data_on, evaluate,
+                   fingerprint, identity, load_subset, locked, needs_torchvision, pick_device,
+                   q_sample, generator, read_csv, read_run, reading, to_float, write_atomic,
+                   write_csv)
 
-# of d1/d2; the literature's is 1/3
-THRESHOLDS = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2}
+THRESHOLDS = {"": 1 / 3, "_quarter": 1 / 4, "_half": 1 / 2}     # of d1/d2; the literature's is 1/3
 DUPLICATE_SHARE = 0.5       # see duplicate_groups
-CACHE_VERSION = 2           # to be raised with what is computed and kept in data/cache
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
 SSCD_THRESHOLD = 0.6        # the study's: a higher cosine similarity to a training image is a copy
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 
-
-@contextmanager
-def exact_float32():
-    """Matrix products and convolutions in float32 proper, whatever was set before."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+# --- Copies: the two nearest training images ------------------------------------------------------
 
 
-# --------------------------------------------------------------------------------------------------
-# Copies: the two nearest training images
-# --------------------------------------------------------------------------------------------------
+def squared_distances(queries, references):
+    """Squared distances of vectors (Q, D), (N, D), a block of queries at a time: float64 (rows, N).
 
-
-def _screen(queries, references, center, k, exclude, groups):
-    """The k smallest of |r|^2 - 2 q.r for each query, in float32.
-
-    Values and indices (Q, k), and the largest |r|. All is measured from `center`, so that the
-    numbers are small. One block of the product is in memory at a time.
+    By matrix products of what is measured from the mean reference: in float64 their rounding is
+    1e-13 of the largest squared norm. Memory: 128 MB per block, and 4,096 references in float64.
     """
-    best = torch.full((len(queries), k), math.inf, device=queries.device)
-    index = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
-    largest = 0.0
-    for start in range(0, len(references), 4096):
-        r = (references[start:start + 4096] - center).float()
-        r2 = r.square().sum(1)
-        largest = max(largest, r2.max().sqrt().item())
-        for rows in torch.arange(len(queries), device=queries.device).split(2048):
-            q = slice(int(rows[0]), int(rows[-1]) + 1)
-            score = torch.addmm(r2, queries[q], r.T, alpha=-2)              # (rows, block)
-            if exclude is not None:
-                score.masked_fill_(groups[start:start + len(r)] == exclude[q, None], math.inf)
-            value, where = score.topk(min(k, len(r)), dim=1, largest=False)
-            value, order = torch.cat([best[q], value], 1).topk(k, dim=1, largest=False)
-            best[q], index[q] = value, torch.cat([index[q], where + start], 1).gather(1, order)
-    return best, index, largest
+    center = references[:4096].double().mean(0)
+    for q in queries.split(max(1, 2**24 // len(references))):
+        q, blocks = q.double() - center, []
+        for r in references.split(4096):
+            r = r.double() - center
+            blocks.append(torch.addmm(r.square().sum(1), q, r.T, alpha=-2))
+        yield torch.cat(blocks, 1).add_(q.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
-def _best_two(q, r, index, groups, barred):
-    """The nearest of a few candidates, and the nearest outside its group: squares, indices (Q, 2).
-
-    index (Q, k): the candidates of each query, of which `barred` (Q, k) do not count. Distances
-    come from differences in float64. inf and -1 where there is none; ties go to the lower index.
-    """
-    index, order = index.sort(dim=1)
-    rows = max(1, 2**19 // (index.shape[1] * q.shape[1]))           # so few that they stay in cache
-    squared = torch.cat([(a[:, None].double() - r[i].double()).square().sum(2)
-                         for a, i in zip(q.split(rows), index.split(rows), strict=True)])
-    squared[barred.gather(1, order)] = math.inf
-    first = squared.argmin(1, keepdim=True)
-    outside = groups[index] != groups[index.gather(1, first)]
-    second = squared.masked_fill(~outside, math.inf).argmin(1, keepdim=True)
-    pair = torch.cat([first, second], 1)
-    values, found = squared.gather(1, pair), index.gather(1, pair)
-    values[:, 1:][~outside.gather(1, second)] = math.inf
-    found[values == math.inf] = -1
-    return values, found
-
-
-def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
+def two_nearest(queries, references, groups=None, exclude=None):
     """The nearest reference of each query, and the nearest outside the group of that one.
 
-    queries (Q, ...), references (N, ...), float, the same shape but for the first. groups (N,)
-    int64: references that count as one image (default: each its own). exclude (Q,): the group that
-    a query may not find (its own, say).
-    Returns Euclidean distances float64 (Q, 2) and indices int64 (Q, 2); ties go to the lower index;
-    inf and -1 where there is no second group. Exact: a matrix product in float32 picks the
-    candidates, their distances are computed anew from differences in float64, and where the
-    product's rounding could have hidden a nearer one, more candidates are taken, in the end all.
-    Memory beyond the inputs: the queries once more, and about 300 MB.
-    Raises InputError on a number that is not finite.
+    queries (Q, ...), references (N, ...), float. groups (N,) int64: references that count as one
+    image (default: each its own). exclude (Q,): the group that a query may not find, say its own.
+    Returns Euclidean distances float64 (Q, 2), taken from differences, and indices int64 (Q, 2);
+    inf and -1 where there is none. Raises InputError on a number that is not finite.
     """
     q, r = queries.flatten(1), references.flatten(1)
     if not all(torch.stack(torch.aminmax(x)).isfinite().all() for x in (q, r)):
         raise InputError("two_nearest: the images hold numbers that are not finite")
     groups = torch.arange(len(r), device=r.device) if groups is None else groups
-    distances = torch.full((len(q), 2), math.inf, dtype=torch.float64, device=q.device)
-    indices = torch.full((len(q), 2), -1, dtype=torch.int64, device=q.device)
-    center, todo, k = r[:4096].mean(0), torch.arange(len(q), device=q.device), candidates
-    while len(todo):
-        k, unsure = min(k, len(r)), []
-        for part in todo.split(max(1, 2**24 // k)):
-            centered = (q[part] - center).float()
-            with exact_float32():
-                score, index, largest = _screen(
-                    centered, r, center, k, None if exclude is None else exclude[part], groups)
-            values, found = _best_two(q[part], r, index, groups, score == math.inf)
-            # A reference that was not picked scores at least max(score); the product's error is at
-            # most 2 (D + 8) u (|q| + |r|)^2 with u = 2^-24, so its distance^2 is at least `beyond`.
-            norm = centered.double().square().sum(1)
-            error = 2 * (q.shape[1] + 8) * 2**-24 * (norm.sqrt() + largest) ** 2
-            beyond = score.double().amax(1) + norm - error
-            sure = (values[:, 1] < beyond) | (k == len(r))
-            distances[part[sure]], indices[part[sure]] = values[sure].sqrt(), found[sure]
-            unsure.append(part[~sure])
-        todo, k = torch.cat(unsure), 8 * k
-    return distances, indices
+    indices, start = [], 0
+    for squared in squared_distances(q, r):
+        if exclude is not None:
+            squared[groups == exclude[start:start + len(squared), None]] = math.inf
+        start += len(squared)
+        value, first = squared.min(1)
+        squared[groups == groups[first, None]] = math.inf
+        value2, second = squared.min(1)
+        indices.append(torch.stack([first, second], 1).masked_fill(
+            torch.stack([value, value2], 1) == math.inf, -1))
+    indices = torch.cat(indices)
+    distances = torch.stack([
+        torch.cat([(a.double() - r[i].double()).norm(dim=1)
+                   for a, i in zip(q.split(512), column.split(512), strict=True)])
+        for column in indices.T], 1).masked_fill_(indices < 0, math.inf)
+    distances, order = distances.sort(1)        # rounding may have swapped two that nearly tie
+    return distances, indices.gather(1, order)
 
 
 def copy_ratios(distances):
@@ -164,13 +104,6 @@ def copy_ratios(distances):
     """
     d1, d2 = distances.double().unbind(1)
     return torch.where((d2 > 0) & d2.isfinite(), d1 / d2, torch.ones_like(d1))
-
-
-def wilson(k, n, z=1.959964):
-    """The 95 % Wilson interval (low, high) of a share k/n."""
-    p, z2n = k / n, z * z / n
-    middle, half = p + z2n / 2, z * math.sqrt(p * (1 - p) / n + z2n / (4 * n))
-    return max(0.0, (middle - half) / (1 + z2n)), min(1.0, (middle + half) / (1 + z2n))
 
 
 def duplicate_groups(images):
@@ -183,120 +116,49 @@ def duplicate_groups(images):
     """
     x = images.flatten(1)
     _, first, inverse = np.unique(x.cpu().numpy(), axis=0, return_index=True, return_inverse=True)
-    groups = torch.from_numpy(first[inverse.reshape(-1)])
-    kept = torch.from_numpy(np.sort(first))
+    groups, kept = torch.from_numpy(first[inverse.reshape(-1)]), torch.from_numpy(np.sort(first))
     x = x[kept.to(x.device)]
     rank = min(10, max(2, len(x) // 200), len(x) - 1)
-    if rank < 2:
-        return groups.to(images.device)
-    center, own = x[:4096].mean(0), torch.arange(len(x), device=x.device)
-    with exact_float32():
-        score, index, _ = _screen(x - center, x, center, rank, own, own)
-    distance = (score + (x - center).square().sum(1, keepdim=True)).clamp(min=0).sqrt()
-    half = DUPLICATE_SHARE * distance[:, -1]
-    linked = distance < torch.minimum(half[:, None], half[index])           # (N, rank)
-    rows, columns = linked.nonzero(as_tuple=True)
-    for i, j in zip(kept[rows.cpu()].tolist(), kept[index[rows, columns].cpu()].tolist(),
-                    strict=True):
-        low, high = sorted((int(groups[i]), int(groups[j])))
-        groups[groups == high] = low
+    if rank >= 2:
+        nearest = [d.topk(rank + 1, largest=False) for d in squared_distances(x, x)]
+        distance, index = (torch.cat(part)[:, 1:] for part in zip(*nearest, strict=True))
+        half = DUPLICATE_SHARE * distance[:, -1].sqrt()
+        linked = distance.sqrt() < torch.minimum(half[:, None], half[index])        # (N, rank)
+        rows, columns = linked.nonzero(as_tuple=True)
+        for pair in torch.stack([kept[rows.cpu()], kept[index[rows, columns].cpu()]], 1).tolist():
+            low, high = sorted(groups[pair].tolist())
+            groups[groups == high] = low
     return groups.to(images.device)
 
 
-# --------------------------------------------------------------------------------------------------
-# Fidelity: distances between two sets of feature vectors
-# --------------------------------------------------------------------------------------------------
-
-
-def _factor(cov):
-    """F with F F^T = cov, for a positive semi-definite matrix (D, D).
-
-    Cholesky's; for a covariance of fewer samples than dimensions, of rank k, the k columns that it
-    has by then, if they do give the rest of the matrix; else from the eigenvectors.
-    """
-    factor, info = torch.linalg.cholesky_ex(cov)
-    if info == 0:
-        return factor
-    k = int(info) - 1
-    if k > 0:
-        top = torch.linalg.cholesky(cov[:k, :k])
-        below = torch.linalg.solve_triangular(top, cov[:k, k:], upper=False).T
-        rest = cov[k:, k:].diagonal() - below.square().sum(1)
-        if (rest.abs() < 1e-9 * cov.diagonal().max()).all():
-            return torch.cat([top, below])
-    values, vectors = torch.linalg.eigh(cov)
-    return vectors * values.clamp(min=0).sqrt()
-
-
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """Frechet distance of two Gaussians, squared, as FID is: a number.
-
-    Means (D,), covariances (D, D), computed in float64.
-    |mean1 - mean2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))  (Heusel, eq. 6). Raises InputError:
-    not finite, shapes.
-    """
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(v, dtype=torch.float64)
-                                for v in (mean1, cov1, mean2, cov2))
-    if (mean1.shape != mean2.shape or cov1.shape != cov2.shape
-            or cov1.shape != (*mean1.shape, *mean1.shape)):
-        raise InputError(f"frechet_distance: shapes {tuple(mean1.shape)}, {tuple(cov1.shape)}, "
-                         f"{tuple(mean2.shape)}, {tuple(cov2.shape)} do not fit")
-    if not all(v.isfinite().all() for v in (mean1, cov1, mean2, cov2)):
-        raise InputError("frechet_distance: a mean or covariance is not finite")
-    # cov1 = F F^T; cov1 cov2 has the eigenvalues of F^T cov2 F, which is symmetric and needs no
-    # complex numbers.
-    factor = _factor(cov1)
-    eigenvalues = torch.linalg.eigvalsh(factor.T @ cov2 @ factor)
-    root = eigenvalues.clamp(min=0).sqrt().sum()
-    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root)
-
-
-def moments(x):
-    """Mean (D,) and unbiased covariance (D, D) in float64 of feature vectors (n, D)."""
-    x = x.double()
-    return x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1])
+# --- Fidelity: distances between two sets of feature vectors --------------------------------------
 
 
 def fid(x, y):
-    """frechet_distance of the Gaussians fitted to two sets of feature vectors (n, D), (m, D).
+    """Frechet distance, squared, of the Gaussians fitted to vectors (n, D) and (m, D), in float64.
 
-    Where there are fewer vectors than dimensions it takes the short way round: with centred rows
-    X, Y the square roots of the eigenvalues of cov1 cov2 are the singular values of X Y^T, over
-    sqrt((n - 1) (m - 1)), a smaller matrix.
+    |mean1 - mean2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))  (Heusel, eq. 6). With centred rows
+    X / sqrt(n - 1) and Y / sqrt(m - 1), cov1 = X^T X, and the trace of the root is the sum of the
+    singular values of X Y^T. nan where a set has fewer than 2 vectors.
     """
-    if len(x) > x.shape[1]:
-        return frechet_distance(*moments(x), *moments(y))
-    x, y = x.double(), y.double()
-    shift = x.mean(0) - y.mean(0)
-    x, y = (x - x.mean(0)) / (len(x) - 1) ** 0.5, (y - y.mean(0)) / (len(y) - 1) ** 0.5
+    if min(len(x), len(y)) < 2:
+        return math.nan
+    shift = x.double().mean(0) - y.double().mean(0)
+    x, y = ((v.double() - v.double().mean(0)) / (len(v) - 1) ** 0.5 for v in (x, y))
+    # X = Q R has the same X^T X as R, which is smaller where there are more vectors than dimensions
+    x, y = (torch.linalg.qr(v, mode="r").R if len(v) > v.shape[1] else v for v in (x, y))
     cross = x @ y.T
     root = torch.linalg.eigvalsh(cross @ cross.T).clamp(min=0).sqrt().sum()
     return float(shift.square().sum() + x.square().sum() + y.square().sum() - 2 * root)
 
 
-def _project(x, y, projections, seed):
-    """x and y (n, D) on random unit vectors: float64 (projections, n) each, a block at a time."""
-    g = torch.Generator().manual_seed(seed)
-    theta = torch.randn(projections, x.shape[1], generator=g, dtype=torch.float64)
-    for part in F.normalize(theta, dim=1).to(x.device).split(256):
-        yield part @ x.double().T, part @ y.double().T
-
-
-def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0):
-    """Sliced 2-Wasserstein distance of two sets of as many vectors (n, D): in the features' units.
+def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
+    """Sliced 2-Wasserstein distance of vectors (n, D), as many in each set, and its standard error.
 
     (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections` random unit vectors theta, a function
-    of the seed (Bonneel 2015). W_2 in one dimension pairs the sorted values. Raises InputError
-    where the counts differ.
-    """
-    return sliced_wasserstein_error(x, y, projections, seed, groups=0)[0]
-
-
-def sliced_wasserstein_error(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
-    """sliced_wasserstein and its standard error, by the jackknife over `groups` tenths of the data.
-
-    The jackknife, not the bootstrap: an empirical W_2 shrinks with n, and drawing with replacement
-    has fewer different points, while leaving a tenth out hardly changes n. nan for n < groups.
+    of the seed (Bonneel 2015); W_2 in one dimension pairs the sorted values. The error is the
+    jackknife's over tenths of the data, not the bootstrap's: an empirical W_2 shrinks with n, and
+    draws with replacement have fewer different points. nan for n < 10. Raises InputError: shapes.
     """
     if x.shape != y.shape or len(x) == 0:
         raise InputError(f"sliced_wasserstein: shapes {tuple(x.shape)} and {tuple(y.shape)} "
@@ -304,22 +166,22 @@ def sliced_wasserstein_error(x, y, projections=SW_PROJECTIONS, seed=0, groups=10
     n, groups = len(x), groups if len(x) >= groups else 0
     member = torch.arange(n, device=x.device) % max(groups, 1)
     total, without = 0.0, torch.zeros(groups, dtype=torch.float64)
-    for projected in _project(x, y, projections, seed):
-        (a, order_a), (b, order_b) = (p.sort(1) for p in projected)         # (projections, n)
-        total += float((a - b).square().mean(1).sum())
+    theta = torch.randn(projections, x.shape[1], dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(seed))
+    for part in F.normalize(theta, dim=1).to(x.device).split(256):
+        (a, order_a), (b, order_b) = ((part @ v.double().T).sort(1) for v in (x, y))
+        total += float((a - b).square().mean(1).sum())                          # (projections, n)
         group_a, group_b = member[order_a], member[order_b]
         for k in range(groups):                 # what is sorted stays so with some left out
             difference = (a[group_a != k] - b[group_b != k]).reshape(len(a), -1)
             without[k] += difference.square().mean(1).sum().cpu()
     without = (without / projections).sqrt()
-    error = math.nan
-    if groups > 1:
-        error = float(((groups - 1) / groups * (without - without.mean()).square().sum()).sqrt())
-    return math.sqrt(total / projections), error
+    spread = (without - without.mean()).square().sum() if groups else math.nan
+    return math.sqrt(total / projections), float((1 - 1 / max(groups, 1)) * spread) ** 0.5
 
 
-def kernel_distance(x, y):
-    """KID, the unbiased squared MMD of two sets (n, D), (m, D), and its standard error.
+def kid(x, y):
+    """The unbiased squared MMD of vectors (n, D) and (m, D), and its standard error.
 
     With kernel (x.y / D + 1)^3. Binkowski, eq. 4; the error is the delete-one jackknife's.
     (nan, nan) where a set has fewer than 2 vectors, and no error (nan) where it has fewer than 3.
@@ -330,27 +192,17 @@ def kernel_distance(x, y):
     x, y = x.double(), y.double()
 
     def sums(a, b):
-        """Row sums and column sums of the kernel matrix, a block of rows at a time."""
-        rows, columns = [], 0
-        for part in a.split(1024):
-            k = (part @ b.T / x.shape[1] + 1) ** 3
-            rows.append(k.sum(1))
-            columns = columns + k.sum(0)
-        return torch.cat(rows), columns
-
-    def own(a):
-        return (a.square().sum(1) / x.shape[1] + 1) ** 3
-    row_x, row_y, (xy, yx) = sums(x, x)[0] - own(x), sums(y, y)[0] - own(y), sums(x, y)
-    sx, sy, sxy = row_x.sum(), row_y.sum(), xy.sum()
-    value = sx / (n * (n - 1)) + sy / (m * (m - 1)) - 2 * sxy / (n * m)
+        """Row sums of the kernel matrix, a block of rows at a time."""
+        return torch.cat([((part @ b.T / x.shape[1] + 1) ** 3).sum(1) for part in a.split(1024)])
+    xx, yy = (sums(v, v) - (v.square().sum(1) / v.shape[1] + 1) ** 3 for v in (x, y))
+    xy, yx = sums(x, y), sums(y, x)
+    value = xx.sum() / (n * (n - 1)) + yy.sum() / (m * (m - 1)) - 2 * xy.sum() / (n * m)
     if min(n, m) < 3:
         return float(value), math.nan
-    without_x = ((sx - 2 * row_x) / ((n - 1) * (n - 2)) + sy / (m * (m - 1))
-                 - 2 * (sxy - xy) / ((n - 1) * m))
-    without_y = (sx / (n * (n - 1)) + (sy - 2 * row_y) / ((m - 1) * (m - 2))
-                 - 2 * (sxy - yx) / (n * (m - 1)))
-    variance = sum((len(w) - 1) / len(w) * (w - w.mean()).square().sum()
-                   for w in (without_x, without_y))
+    variance = 0.0
+    for k, own, cross in ((n, xx, xy / m), (m, yy, yx / n)):
+        left_out = 2 / (k - 1) * (cross - own / (k - 2))        # the value without one, + constant
+        variance += (k - 1) / k * (left_out - left_out.mean()).square().sum()
     return float(value), float(variance.sqrt())
 
 
@@ -362,37 +214,61 @@ def precision_recall(samples, real, k=3):
     """
     if min(len(samples), len(real)) <= k:
         return math.nan, math.nan
-    # From the mean, in float64: rounding would let a point miss its own neighbour's ball.
-    center = real.double().mean(0)
-    samples, real = samples.double() - center, real.double() - center
-
-    def squared(a, b):
-        """Squared distances of rows, a block of rows of `a` at a time."""
-        for part in a.split(1024):
-            yield (part.square().sum(1)[:, None] + b.square().sum(1) - 2 * part @ b.T).clamp(min=0)
-
-    def radii(a):
-        return torch.cat([d.kthvalue(k + 1, dim=1).values for d in squared(a, a)])
 
     def inside(a, b):
-        radius = radii(b)
-        return torch.cat([(d <= radius).any(1) for d in squared(a, b)]).double().mean()
-    return float(inside(samples, real)), float(inside(real, samples))
+        radius = torch.cat([d.kthvalue(k + 1, dim=1).values for d in squared_distances(b, b)])
+        return float(torch.cat([(d <= radius).any(1)
+                                for d in squared_distances(a, b)]).double().mean())
+    return inside(samples, real), inside(real, samples)
 
 
-# --------------------------------------------------------------------------------------------------
-# Features
-# --------------------------------------------------------------------------------------------------
+# --- Features -------------------------------------------------------------------------------------
+
+
+class Space(NamedTuple):
+    """A feature space: extract(uint8 images (n, H, W, C)) -> float32 (n, D)."""
+    name: str
+    extract: Callable
+    digest: str             # of the network's file; "none" where there is no network
+
+
+def pixel_features(images):
+    """uint8 images (n, H, W, C) -> their numbers in [-1, 1] as float32 (n, H W C)."""
+    return to_float(images).permute(0, 2, 3, 1).flatten(1)
+
+
+@torch.inference_mode()
+def network_features(net, images, flag="net", size=None, mean=0.0, std=1.0, batch=128):
+    """uint8 images (n, H, W, C) -> net(images (B, 3, H, W) in [0, 1]), float32 (n, D).
+
+    size: resize to size x size first; mean, std: numbers or (1, 3, 1, 1). Raises InputError, naming
+    the flag, where the network fails or returns anything but finite (B, D).
+    """
+    features = []
+    for part in tqdm(images.split(batch), desc="features", unit="batch", leave=False, disable=None):
+        x = part.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1).contiguous() / 255
+        if size:
+            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+        with reading(f"{flag}, given {tuple(x.shape)}"):
+            y = net((x - mean) / std)
+            if not isinstance(y, torch.Tensor) or y.dim() != 2 or len(y) != len(x):
+                raise TypeError(f"returns {getattr(y, 'shape', type(y).__name__)}, must be a tensor "
+                                f"({len(x)}, D)")
+            if not y.isfinite().all():
+                raise ValueError("returns numbers that are not finite")
+        features.append(y.float())
+    return torch.cat(features)
 
 
 def inception_net(state):
-    """The Inception v3 of FID, from a state dict.
+    """The Inception v3 of FID, (B, 3, 299, 299) in [-1, 1] -> (B, 2048), from a state dict.
 
-    uint8-like images (B, 3, H, W) in [0, 1] -> features (B, 2048). torchvision's network, changed
-    to what the 2015 TensorFlow graph computes: average pools that do not count the padding, a max
-    pool in the last block, 1,008 classes. Raises InputError where the weights are of another graph.
+    As pytorch-fid 0.3.0 computes it: torchvision's network, changed to what the 2015 TensorFlow
+    graph computes: average pools that do not count the padding, a max pool in the last block, 1,008
+    classes. Raises InputError where the weights are of another graph.
     """
-    from torchvision.models import inception as tv
+    with needs_torchvision("--features inception"):
+        from torchvision.models import inception as tv
 
     def patched(block, pool=lambda x: F.avg_pool2d(x, 3, stride=1, padding=1,
                                                    count_include_pad=False)):
@@ -406,259 +282,725 @@ def inception_net(state):
     net = tv.Inception3(num_classes=1008, aux_logits=False, transform_input=False,
                         inception_blocks=blocks, init_weights=False, dropout=0.0)
     net.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, stride=1, padding=1)
-    try:
+    with reading("--weights: not the state dict of the FID Inception graph"):
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith("AuxLogits.")})
-    except (RuntimeError, AttributeError):
-        raise InputError("--weights: not the state dict of the FID Inception graph") from None
     net.fc = torch.nn.Identity()
     return net.eval().requires_grad_(False)
 
 
-def load_weights(path=None):
-    """The FID network's state dict and the first 8 hex digits of its file's SHA-256.
+def load_inception(weights, device):
+    """The space of FID: weights from a file, or (None) pytorch-fid's GitHub release, kept by torch.
 
-    From `path`, or from pytorch-fid's GitHub release through torch.hub, which checks the hash and
-    keeps the file. Raises InputError where the file is missing, damaged, or cannot be fetched,
-    saying what to fetch and where to.
+    Raises InputError where they cannot be had or are damaged, saying what to fetch and where to.
     """
-    place = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.split("/")[-1]
-    if path is None:
-        try:
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.split("/")[-1])
+    if weights is None:
+        with reading("--features inception: the weights cannot be had",
+                     f"fetch {WEIGHTS_URL} to {path}, or name the file with --weights"):
             torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False,
                                                map_location="cpu")
-        except UNREADABLE as error:         # no network, a full disk, a wrong hash, a damaged file
-            raise InputError(f"--features inception: the weights cannot be had ({error}); fetch "
-                             f"{WEIGHTS_URL} to {place}, or name the file with --weights") from None
-    path = Path(path or place)
-    try:
+    with reading(f"--weights {path}"):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"--weights {path}: {error.strerror}") from None
-    except UNREADABLE as error:
-        raise InputError(f"--weights {path}: damaged or no state dict "
-                         f"({type(error).__name__})") from None
+    net = inception_net(state).to(device)
     if digest not in WEIGHTS_URL:
         print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not "
               "comparable", flush=True)
-    return state, digest
+    return Space("inception", functools.partial(
+        network_features, net, flag="--features inception", size=299, mean=0.5, std=0.5), digest)
 
 
-def pixel_features(images):
-    """uint8 images (n, H, W, C) -> their numbers in [-1, 1] as float32 (n, H W C)."""
-    return to_float(images).permute(0, 2, 3, 1).flatten(1)
+def load_network(flag, path, device, **options):
+    """The space of a saved network, uint8-like images (B, 3, H, W) in [0, 1] -> (B, D).
 
-
-@torch.inference_mode()
-def inception_features(net, images, batch=128):
-    """uint8 images (n, H, W, C) -> pool features float32 (n, 2048).
-
-    As pytorch-fid 0.3.0 computes them.
+    A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. Named by
+    the file's stem and digest. options: of network_features. Raises InputError.
     """
-    features = []
-    for part in tqdm(images.split(batch), desc="Inception", unit="batch", leave=False,
-                     disable=None):
-        x = part.permute(0, 3, 1, 2).float() / 255
-        x = F.interpolate(x.expand(-1, 3, -1, -1), size=(299, 299), mode="bilinear",
-                          align_corners=False)
-        with exact_float32():
-            features.append(net(2 * x - 1).float())
-    return torch.cat(features)
-
-
-def load_space(space, weights, device):
-    """A feature space: (uint8 images (n, H, W, C) -> features (n, D), digest of its weights)."""
-    if space == "pixels":
-        return pixel_features, "none"
-    state, digest = load_weights(weights)
-    net = inception_net(state).to(device)
-    return lambda images: inception_features(net, images), digest
+    with reading(f"{flag} {path}"):
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+        if Path(path).suffix == ".pt2":
+            net = torch.export.load(path).module().to(device)
+        else:
+            print(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; .pt2 files of "
+                  "torch.export will last", flush=True)
+            net = torch.jit.load(path, map_location=device).eval()
+    return Space(re.sub(r"[^\w.-]", "-", Path(path).stem) + f"-{digest}", functools.partial(
+        network_features, net, flag=f"{flag} {path}", **options), digest)
 
 
 def load_sscd(path, device):
-    """An SSCD model from its TorchScript file, as load_space gives a space; features of length 1.
-
-    Preprocessed as its authors' "small 288" transform does. Raises InputError: missing, damaged.
-    """
-    try:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-        net = torch.jit.load(path, map_location=device).eval()
-    except OSError as error:
-        raise InputError(f"--sscd {path}: {error.strerror}") from None
-    except UNREADABLE as error:
-        raise InputError(f"--sscd {path}: no TorchScript file ({type(error).__name__})") from None
+    """The space of an SSCD model, images prepared as its authors' "small 288" transform does."""
     mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1)
                  for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
-    @torch.inference_mode()
-    def features(images, batch=128):
-        found = []
-        for part in tqdm(images.split(batch), desc="SSCD", unit="batch", leave=False, disable=None):
-            x = part.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1) / 255
-            x = F.interpolate(x, size=(288, 288), mode="bilinear", align_corners=False)
-            with exact_float32():
-                found.append(F.normalize(net((x - mean) / std).float(), dim=1))
-        return torch.cat(found)
-    return features, digest
+    space = load_network("--sscd", path, device, size=288, mean=mean, std=std)
+    return space._replace(name="sscd", extract=lambda x: F.normalize(space.extract(x), dim=1))
 
 
-def features_of(space, spaces, images):
-    """Features of real images, cached by content: they do not change from snapshot to snapshot."""
-    extract, digest = spaces[space]
-    return cached(f"{space} {digest}", lambda: {"features": extract(images)}, images)["features"]
+def load_space(name, weights, device):
+    """The Space of --features: inception, pixels or a file."""
+    if name == "pixels":
+        return Space("pixels", pixel_features, "none")
+    return load_inception(weights, device) if name == "inception" else load_network(
+        "--features", name, device)
 
 
-def cached(name, compute, *images):
-    """compute() -> dict of arrays, kept in data/cache.
+# --- Caches: kept in data/cache under what they are made of ---------------------------------------
 
-    Kept under `name` and the content of the (uint8, tensor) images.
+
+@functools.cache
+def source(function):
+    """The source code of a function or class, and of all of this project that it names."""
+    found, todo = {}, [function]
+    while todo:
+        one = inspect.unwrap(todo.pop())
+        if one not in found and Path(inspect.getfile(one)).parent == Path(__file__).parent:
+            text = textwrap.dedent(inspect.getsource(one))
+            names = {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)}
+            values = [vars(inspect.getmodule(one)).get(name) for name in sorted(names)]
+            todo += [v for v in values if inspect.isfunction(v) or inspect.isclass(v)]
+            found[one] = text + str([v for v in values if isinstance(v, int | float | str | dict)])
+    return "".join(found.values())
+
+
+@functools.cache
+def say_once(message):
+    """Print a line, the first time."""
+    print(message, flush=True)
+
+
+def cached(functions, compute, *made_of):
+    """compute() -> {name: tensor or number}, kept in data/cache.
+
+    Found by what it is made of: the source code of `functions` and of all that they call, and
+    `made_of`: tensors, the first of which says the device, or anything that prints as what it is.
+    The file repeats this; one that does not fit, or is damaged, is made anew.
     """
-    digest = hashlib.sha256(f"{CACHE_VERSION} {name}".encode())
-    for part in images:
-        digest.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
-    path = Path("data/cache") / f"{digest.hexdigest()[:32]}.npz"
+    key = hashlib.sha256("".join(map(source, functions)).encode())
+    for x in made_of:
+        tensor = isinstance(x, torch.Tensor)
+        key.update(repr((x.shape, x.dtype) if tensor else x).encode())
+        key.update(x.contiguous().cpu().numpy() if tensor else b"")
+    key = key.hexdigest()
+    path = Path("data/cache") / f"{key[:32]}.npz"
     try:
-        with np.load(path) as archive:
-            arrays = {key: torch.from_numpy(archive[key]) for key in archive.files}
-    except UNREADABLE:                              # not there, or damaged: made anew
-        arrays = compute()
-        write_atomic(path, lambda f: np.savez(f, **{k: v.cpu().numpy() for k, v in arrays.items()}))
-    return {key: value.to(images[0].device) for key, value in arrays.items()}
+        with reading(path), np.load(path) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+            if str(arrays.pop("made_of")) != key:
+                raise ValueError("made of something else")
+    except InputError:
+        arrays = {name: x.cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+                  for name, x in compute().items()}
+        try:
+            write_atomic(path, lambda file: np.savez(file, made_of=key, **arrays))
+        except OSError as error:
+            say_once(f"{error}; the cache is not needed, so this goes on without it")
+    return {name: torch.from_numpy(x).to(made_of[0].device) for name, x in arrays.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# One run
-# --------------------------------------------------------------------------------------------------
+# --- What a metric sees ---------------------------------------------------------------------------
 
 
 class Subset:
-    """The training subset that copies are searched in.
+    """The training subset that copies are searched in, and the held-out images.
 
-    Images in [-1, 1], groups of duplicates, and controls.
+    train, heldout uint8 (n, S, S, C); groups (N,) of near-duplicates. Where training flipped, a
+    mirrored copy is a copy, of the same group as its original. Raises InputError where all images
+    are near-duplicates.
     """
 
     def __init__(self, data, flip, device):
         self.train = torch.from_numpy(data.train_images).to(device)
-        self.heldout = torch.from_numpy(data.test_images).to(device)
-        self.groups = cached(f"groups {DUPLICATE_SHARE}",
-                             lambda: {"groups": duplicate_groups(pixel_features(self.train))},
-                             self.train)["groups"]
+        self.heldout = torch.from_numpy(data.heldout_images).to(device)
+        self.groups = cached([duplicate_groups], lambda: {"groups": duplicate_groups(
+            pixel_features(self.train))}, self.train)["groups"]
         if len(self.groups.unique()) < 2:
             raise InputError("the training images are all near-duplicates of one another: d1/d2 "
                              "has no meaning")
-        self.pixels = pixel_features(self.train)
-        self.search, self.search_groups = self.pixels, self.groups
-        if flip:        # a mirrored copy is a copy, of the same group as its original
-            self.search = torch.cat([self.pixels, pixel_features(self.train.flip(2))])
-            self.search_groups = self.groups.repeat(2)
+        views = [self.train, self.train.flip(2)] if flip else [self.train]
+        self.search = torch.cat([pixel_features(view) for view in views])
+        self.search_groups = self.groups.repeat(len(views))
 
     def nearest(self, images, exclude=None):
-        """two_nearest of uint8 images among the subset.
+        """two_nearest of uint8 images: {"distances", "indices"}, each (n, 2)."""
+        def compute():
+            distances, i = two_nearest(pixel_features(images), self.search, self.search_groups,
+                                       exclude)
+            return {"distances": distances, "indices": torch.where(i < 0, i, i % len(self.train))}
+        return cached([Subset], compute, images, self.search, self.search_groups, exclude)
 
-        An index beyond n, of a mirrored image, is taken back.
-        """
-        distances, indices = two_nearest(pixel_features(images), self.search, self.search_groups,
-                                         exclude)
-        return {"distances": distances,
-                "indices": torch.where(indices < 0, indices, indices % len(self.train))}
-
-    def controls(self):
-        """Neighbours of images that are no copies, cached: held-out, and training left out.
-
-        The latter searches each training image among those of other groups.
-        """
-        flip = len(self.search) > len(self.pixels)
-        return {"heldout": cached(f"null {flip}", lambda: self.nearest(self.heldout),
-                                  self.heldout, self.train, self.groups),
-                "leave_one_out": cached(f"self {flip}",
-                                        lambda: self.nearest(self.train, self.groups),
-                                        self.train, self.groups)}
+    @functools.cached_property
+    def own(self):
+        """The neighbours of each training image among those of other groups."""
+        return self.nearest(self.train, self.groups)
 
 
-def copying_row(found, groups):
-    """What neighbours (distances, indices) say of copying, as CSV columns.
+@dataclass
+class Context:
+    """Pictures to be measured, and what a metric may ask of them; each is computed once."""
+    images: torch.Tensor            # uint8 (n, S, S, C)
+    subset: Subset
+    space: Space                    # of fidelity
+    references: dict                # {"train", "heldout", "sscd"}: features (N, D) of real images
+    sscd: Space | None = None
+    splits: tuple = ("train", "heldout")        # the references that fidelity is measured against
 
-    The share of copies at each threshold with its interval; how many different training images
-    (groups) are copied at 1/3, and how often the most copied one is.
-    """
-    ratios, row = copy_ratios(found["distances"]), {}
-    n = len(ratios)
-    for name, threshold in THRESHOLDS.items():
-        k, suffix = int((ratios < threshold).sum()), "" if name == "third" else f"_{name}"
-        low, high = wilson(k, n)
-        row |= {f"copy_ratio{suffix}": k / n, f"copy_low{suffix}": low, f"copy_high{suffix}": high}
-    copied = groups[found["indices"][ratios < THRESHOLDS["third"], 0]]
-    counts = torch.bincount(copied) if len(copied) else torch.zeros(1)
+    pixels = functools.cached_property(lambda c: pixel_features(c.images))          # (n, D)
+    neighbours = functools.cached_property(lambda c: c.subset.nearest(c.images))
+    ratios = functools.cached_property(lambda c: copy_ratios(c.neighbours["distances"]))
+    # The first m pictures are compared with as many references.
+    count = functools.cached_property(lambda c: min(len(c.images), len(c.references["heldout"])))
+    features = functools.cached_property(lambda c: c.space.extract(c.images[:c.count]))
+
+
+# --- Metrics: functions from a Context to columns -------------------------------------------------
+
+
+def share(name, hits, end=""):
+    """The share of True in hits (n,), with its 95 % Wilson interval: columns NAME_ratio, ..."""
+    n, z = len(hits), 1.959964
+    p, z2n = int(hits.sum()) / n, z * z / n
+    middle, half = p + z2n / 2, z * math.sqrt(p * (1 - p) / n + z2n / (4 * n))
+    return {f"{name}_ratio{end}": p, f"{name}_low{end}": max(0.0, (middle - half) / (1 + z2n)),
+            f"{name}_high{end}": min(1.0, (middle + half) / (1 + z2n))}
+
+
+def copying(c):
+    """The share of copies at each threshold of d1/d2; how many different training images (groups)
+    are copied at 1/3, and how often the most copied one is."""
+    row = {}
+    for end, threshold in THRESHOLDS.items():
+        row |= share("copy", c.ratios < threshold, end)
+    copied = c.subset.groups[c.neighbours["indices"][c.ratios < THRESHOLDS[""], 0]]
+    counts = torch.bincount(copied, minlength=1)
     return row | {"distinct_copied": int((counts > 0).sum()), "most_copied": int(counts.max())}
 
 
-def auth_share(found, own):
-    """AuthPct, as a share (Alaa, eq. 8): samples farther from their nearest training image than
-    that one is from its own nearest. found: the samples' neighbours, own: the training images'."""
-    nearest = own["distances"][found["indices"][:, 0], 0]
-    return float((found["distances"][:, 0] >= nearest).double().mean())
+def authenticity(c):
+    """AuthPct, as a share (Alaa, eq. 8): pictures farther from their nearest training image than
+    that one is from its own nearest."""
+    nearest = c.subset.own["distances"][c.neighbours["indices"][:, 0], 0]
+    return {"auth_share": float((c.neighbours["distances"][:, 0] >= nearest).double().mean())}
 
 
-def fidelity_row(name, features, references):
-    """Distances in one feature space, as CSV columns.
+def distances(x, reference, end):
+    """FID, KID and sliced Wasserstein distance of features (m, D), as columns that end in `end`.
 
-    features (n, D); references {"train": (N, D), "heldout": (M, D)}. Equal counts throughout:
-    against each split, the first m = min(n, M) of the held-out images, and as many of the training
-    images, repeated in turn where there are fewer: m draws from what a perfect memorizer shows.
-    KID, precision and recall, which look at pairs, take each image once.
-    FID is biased in m, so it has no interval: compare it at equal m only.
+    At equal counts: the first m reference vectors, repeated in turn where there are fewer, which is
+    what a perfect memorizer shows in m draws. KID, which looks at pairs, takes each once. FID is
+    biased in m, so it has no interval: compare it at equal m only.
     """
-    row, m = {}, min(len(features), len(references["heldout"]))
-    for split, reference in references.items():
-        x, y = features[:m], reference[torch.arange(m, device=features.device) % len(reference)]
-        end = f"{name}_{split}"
-        row[f"fid_{end}"] = fid(x, y) if m > 1 else math.nan
-        once = y[:len(reference)]
-        row[f"kid_{end}"], row[f"kid_error_{end}"] = kernel_distance(x, once)
-        row[f"sw_{end}"], row[f"sw_error_{end}"] = sliced_wasserstein_error(
-            x[:SW_SAMPLES], y[:SW_SAMPLES])
-        row[f"precision_{end}"], row[f"recall_{end}"] = precision_recall(x, once)
-    return row
+    y = reference[torch.arange(len(x), device=x.device) % len(reference)]
+    values = [fid(x, y), *kid(x, reference[:len(x)]),
+              *sliced_wasserstein(x[:SW_SAMPLES], y[:SW_SAMPLES])]
+    return {f"{name}_{end}": value for name, value in zip(
+        ("fid", "kid", "kid_error", "sw", "sw_error"), values, strict=True)}
 
 
-def similarity_row(features, train, heldout):
-    """The study's memorization score and its null, from unit SSCD features (n, D), as CSV columns.
-
-    The share whose highest cosine similarity to a training image exceeds .6.
-    """
+def fidelity(c):
+    """How far the pictures' distribution is from the training and from the held-out images'."""
     row = {}
-    for name, x in (("sscd", features), ("null_sscd", heldout)):
-        with exact_float32():
-            highest = torch.cat([(part @ train.T).amax(1) for part in x.split(1024)])
-        k = int((highest > SSCD_THRESHOLD).sum())
-        row |= dict(zip((f"{name}_ratio", f"{name}_low", f"{name}_high"),
-                        (k / len(x), *wilson(k, len(x))), strict=True))
+    for split in c.splits:
+        end, reference = f"{c.space.name}_{split}", c.references[split]
+        row |= distances(c.features, reference, end)
+        row |= zip((f"precision_{end}", f"recall_{end}"),
+                   precision_recall(c.features, reference[:c.count]), strict=True)
     return row
+
+
+def replaced(c):
+    """Distances to held-out images were each picture its nearest training image: a hump that stays
+    comes from which images are copied, not from how the pictures look."""
+    if "heldout" not in c.splits:
+        return {}
+    x = c.references["train"][c.neighbours["indices"][:c.count, 0]]
+    row = distances(x, c.references["heldout"], f"{c.space.name}_replaced")
+    return {key: value for key, value in row.items() if "error" not in key}
+
+
+def sharpness(c):
+    """Gradient energy, the mean squared difference of horizontal neighbours plus that of vertical
+    ones, and contrast, the mean standard deviation of a channel, of numbers in [0, 1]."""
+    x = (to_float(c.images) + 1) / 2
+    return {"sharpness": float(sum(x.diff(dim=d).square().mean() for d in (2, 3))),
+            "contrast": float(x.flatten(2).std(2, unbiased=False).mean())}
+
+
+def nearest_rms(c):
+    """The median distance to the nearest training image, as the rms over numbers in [-1, 1]."""
+    return {"nearest_rms": float(c.neighbours["distances"][:, 0].median())
+            / math.sqrt(c.pixels.shape[1])}
+
+
+def non_negative(x, y, sweeps=300):
+    """Weights w (n, k) >= 0 for which w @ y is nearest to x, by coordinate descent, in float64.
+
+    x (n, D), y (n, k, D): non-negative least squares, on the Gram matrices (n, k, k).
+    """
+    gram, b = y @ y.mT, (y @ x[:, :, None])[..., 0]
+    w, scale = torch.zeros_like(b), gram.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
+    for j in [*range(w.shape[1])] * sweeps:
+        slope = (gram[:, j] * w).sum(1) - b[:, j]
+        w[:, j] = (w[:, j] - slope / scale[:, j]).clamp(min=0)
+    return w
+
+
+def mixture(c, k=10):
+    """How far the pictures are from mixtures of training images: the median rms, over numbers in
+    [-1, 1], of what the best non-negative combination of the k nearest leaves."""
+    known, left = c.subset.search, []
+    index = torch.cat([d.topk(min(k, len(known)), largest=False).indices
+                       for d in squared_distances(c.pixels, known)])
+    for x, i in zip(c.pixels.double().split(512), index.split(512), strict=True):
+        y = known[i].double()                                           # (rows, k, D)
+        left.append((x - (non_negative(x, y)[:, :, None] * y).sum(1)).square().mean(1).sqrt())
+    return {"mixture_residual": float(torch.cat(left).median())}
+
+
+def near_samples(c):
+    """The share of pictures that are no copies, yet nearer to another picture than to any training
+    image: spurious attractors (arXiv 2505.21777), where it is more than held-out images have."""
+    x, own = c.pixels[:c.count], torch.arange(c.count, device=c.images.device)
+    near = two_nearest(x, x, exclude=own)[0][:, 0] < c.neighbours["distances"][:c.count, 0]
+    return {"near_samples": float((near & (c.ratios[:c.count] >= THRESHOLDS[""])).double().mean())}
+
+
+def similarity(c):
+    """The study's memorization score, if asked for: the share whose highest cosine similarity to a
+    training image in SSCD features exceeds .6."""
+    if c.sscd is None:
+        return {}
+    y = c.references["sscd"].double()
+    highest = [(x.double() @ y.T).amax(1) for x in c.sscd.extract(c.images).split(1024)]
+    return share("sscd", torch.cat(highest) > SSCD_THRESHOLD)
+
+
+METRICS = (copying, authenticity, fidelity, replaced, sharpness, nearest_rms, mixture, near_samples,
+           similarity)
+NULLS = ("copy_ratio", "copy_low", "copy_high", "auth_share", "sscd")   # held-out images' beside
+
+
+def power_spectrum(images):
+    """The power at 0, 1, ... S/2 cycles per image of uint8 images (n, S, S, C): columns power_k.
+
+    |c|^2 of the Fourier coefficients c of a channel in [0, 1] (they sum to its mean square), the
+    mean over the images and over all frequencies whose radius rounds to k.
+    """
+    power = sum(torch.fft.fft2((to_float(part) + 1) / 2, norm="forward").abs().square().mean(1)
+                .sum(0) for part in images.split(1024)) / len(images)
+    cycles = torch.fft.fftfreq(len(power), 1 / len(power), device=images.device)
+    radius = torch.hypot(cycles[:, None], cycles).round()
+    return {f"power_{k}": float(power[radius == k].mean()) for k in range(len(power) // 2 + 1)}
 
 
 @torch.inference_mode()
 def loss_floor(process, images, labels, count):
-    """The loss of the exact denoiser on its own images, in slices of t: as train.evaluate gives it.
+    """The perfect memorizer's loss on its own images, by level, as train.evaluate gives it.
 
-    images uint8 (n, S, S, C), labels (n,) or None. The perfect memorizer's: no network has less.
+    images uint8 (n, S, S, C), labels (n,) or None. No network has less.
     """
-    known = to_float(images).contiguous()
-
-    def net(xt, t, wanted):
-        return exact_predictor(process, known, None if labels is None else (labels, wanted))(xt, t)
-    with exact_float32():
-        return evaluate(net, process, images, labels, count, amp="off")[1]
+    net = memorizer(process, to_float(images).contiguous(), labels)
+    return evaluate(net, process, images, labels, count, amp="off")[1]
 
 
-# --------------------------------------------------------------------------------------------------
-# Planted copies, twins
-# --------------------------------------------------------------------------------------------------
+# --- One run --------------------------------------------------------------------------------------
+
+
+def write_table(path, rows):
+    """Write dicts as CSV, with every column that any of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    write_csv(path, [{c: row.get(c, "") for c in columns} for row in rows])
+
+
+def read_table(path):
+    """The rows of a table, by (set, step): {key: [row]}. Raises InputError: damaged, another's."""
+    table = {}
+    for row in read_csv(path):
+        with reading(path, "delete it to measure anew"):
+            table.setdefault((row.get("set", ""), int(row["step"])), []).append(row)
+    return table
+
+
+def open_samples(args, record, device, name, step):
+    """The first --num samples of a snapshot, uint8 (n, S, S, C), checked; the file's Samples; and a
+    digest of these samples."""
+    path, shape = samples_path(args.run, name, step), tuple(record["image_shape"])
+    found, num = read_samples(path, identity(record)), args.num
+    images = found.images
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        raise InputError(f"{path}: {images.dtype} {images.shape}, "
+                         f"must be uint8 (num, {', '.join(map(str, shape))})")
+    if num and num > len(images):
+        raise InputError(f"--num {num}: {path} holds only {len(images)}; run sample.py --num {num}")
+    images = np.ascontiguousarray(images[:num])
+    return (torch.from_numpy(images).to(device), found,
+            hashlib.sha256(images.tobytes()).hexdigest()[:8])
+
+
+def write_neighbours(path, c, digest="", step=-1, labels=()):
+    """neighbours/[SET/]STEP.npz: the two nearest training images of each, the first 64 to look at.
+    """
+    first = {"samples": c.images[:64], "nearest": c.subset.train[c.neighbours["indices"][:64, 0]]}
+    arrays = {k: v.cpu().numpy() for k, v in (c.neighbours | {"ratios": c.ratios} | first).items()}
+    write_atomic(path, lambda file: np.savez(file, labels=labels, samples_digest=digest, step=step,
+                                             **arrays))
+
+
+def has_neighbours(path, digest, step):
+    """Whether the file is whole, and made of these samples."""
+    try:
+        with reading(path), np.load(path) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+            return (str(arrays["samples_digest"]), int(arrays["step"])) == (digest, step)
+    except InputError:
+        return False
+
+
+def control_contexts(make, subset, count, exact):
+    """Pictures known to be copies, and known not to be, and the metrics defined for each.
+
+    heldout: the held-out images as if they were samples, what a perfect generalizer draws; where
+    there are enough, the first `count` are others than the reference. training: `count` draws of
+    training images, a perfect memorizer's. leave_one_out: each training image among the others.
+    exact: samples of the exact denoiser.
+    """
+    apart = 2 * count <= len(subset.heldout)
+    draws = torch.randint(len(subset.train), (count,), generator=generator("cpu", "control"))
+    others = make(subset.train)
+    others.neighbours = subset.own
+    contexts = {"heldout": (make(subset.heldout.roll(-count, 0), splits=("train", "heldout"))
+                            if apart else make(subset.heldout, splits=("train",)), METRICS),
+                "training": (make(subset.train[draws.to(subset.train.device)]), METRICS),
+                "leave_one_out": (others, (copying, nearest_rms))}
+    return contexts | ({} if exact is None else {"exact": (make(exact), METRICS)})
+
+
+def measure_controls(run, contexts, key):
+    """controls.csv and neighbours/CONTROL.npz. Returns {control: {metric: columns}}.
+
+    Kept in the cache under `key` and the pictures: this is how one knows which columns a metric of
+    METRICS has, and so which of them a run lacks.
+    """
+    found = {}
+    for name, (c, metrics) in contexts.items():
+        write_neighbours(run / f"neighbours/{name}.npz", c)
+        found[name] = {}
+        for metric in metrics:
+            columns = cached([metric, Context, Subset, load_space], functools.partial(metric, c),
+                             c.images, c.neighbours["indices"], c.splits, *key)
+            found[name][metric] = {k: v.item() for k, v in columns.items()}
+    write_table(run / "controls.csv", [
+        {"name": name, "images": len(contexts[name][0].images)}
+        | {k: v for columns in rows.values() for k, v in columns.items()}
+        for name, rows in found.items()])
+    return found
+
+
+def prepare(args, record, device, most):
+    """(make, subset, key, floor): make(images) -> the Context of samples of this run; what all that
+    it holds is made of; the columns floor_level0, ... of loss_floor."""
+    space = load_space(args.features, args.weights, device)
+    sscd = load_sscd(args.sscd, device) if args.sscd else None
+    data = load_subset(args.run, record, args.data)
+    subset = Subset(data, record["options"]["flip"], device)
+
+    def features(space, images):
+        return cached([load_space, load_sscd], lambda: {"features": space.extract(images)}, images,
+                      space.name, space.digest)["features"]
+    references = {"train": features(space, subset.train),
+                  "heldout": features(space, subset.heldout[:most])}
+    references |= {"sscd": features(sscd, subset.train)} if sscd else {}
+    process, count = PROCESSES[record["options"]["process"]], record["options"]["eval_images"]
+    images, labels = data_on(device, data, record["classes"])["train"]
+    floor = cached([loss_floor], lambda: {"floor": loss_floor(process, images, labels, count)},
+                   images, labels, fingerprint(process), count)["floor"]
+    return (functools.partial(Context, subset=subset, space=space, references=references,
+                              sscd=sscd), subset,
+            (subset.search, subset.heldout[:most], space[::2], sscd and sscd.digest),
+            {f"floor_level{k}": f"{value:.8g}" for k, value in enumerate(floor.tolist())})
+
+
+@torch.inference_mode()
+def measure(args, record, device):
+    """All tables of a run. What is done is skipped, sample by sample and metric by metric."""
+    run, sets, digests, spectra, most = args.run, sample_sets(args.run), {}, [], 0
+    if not sets:
+        raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
+    read = functools.partial(open_samples, args, record, device)
+    for key in [(name, step) for name, steps in sets.items() for step in steps]:
+        images, _, digests[key] = read(*key)
+        most = max(most, len(images))
+        spectra.append({"name": "", "set": key[0], "step": key[1], **power_spectrum(images)})
+    table = {key: rows[0] for key, rows in read_table(run / "metrics.csv").items()}
+    exact = [name for name in sets if samples_path(run, name, "exact").exists()]
+    exact = read(exact[0], "exact")[0] if exact else None
+    make, subset, key, floor = prepare(args, record, device, most)
+    contexts = control_contexts(make, subset, min(most, len(subset.heldout)), exact)
+    controls = measure_controls(run, contexts, key)
+    spectra += [{"name": name, **power_spectrum(images)}
+                for name, images in (("heldout", subset.heldout), ("training", subset.train))]
+    write_table(run / "spectrum.csv", spectra)
+    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in
+                                       enumerate(subset.groups.tolist()) if g != i],
+              columns=("image", "duplicate_of"))
+    same = floor | {f"null_{k}": v for columns in controls["heldout"].values()
+                    for k, v in columns.items() if k.startswith(NULLS)}
+    table = {key: row | same if row.get("samples_digest") == digests.get(key) else row
+             for key, row in table.items()}
+    spaces = [s for s in (make.keywords["space"], make.keywords["sscd"]) if s]
+    todo = {}
+    for key, digest in digests.items():
+        row, lacking = missing(table.get(key, {}), digest, controls["training"], spaces)
+        path = run / "neighbours" / key[0] / f"{key[1]:07d}.npz"
+        if lacking or not has_neighbours(path, digest, key[1]):
+            todo[key] = row, lacking, path
+    print(f"{run}: {len(todo)} of {len(digests)} snapshots to measure, "
+          f"{', '.join(s.name for s in spaces)}, on {device}", flush=True)
+    for key, (row, lacking, path) in todo.items():
+        images, samples, digest = read(*key)
+        c = make(images)
+        row = {"set": key[0], "step": key[1], "images": key[1] * record["options"]["batch"],
+               "samples": len(images), "samples_digest": digest,
+               **{f"setting_{k}": v for k, v in samples.settings.items()},
+               "out_of_range": samples.out_of_range} | row
+        for metric in lacking:
+            row |= metric(c)
+        write_neighbours(path, c, digest, key[1], samples.labels[:len(images)])
+        table[key] = row | same | {f"weights_{s.name}": s.digest for s in spaces}
+        write_table(run / "metrics.csv", [table[k] for k in sorted(table)])
+        print(f"{key[0]} step {key[1]:7d}  copies {float(row['copy_ratio']):.4f}  "
+              + "  ".join(f"FID {split} {float(row[f'fid_{spaces[0].name}_{split}']):.2f}"
+                          for split in ("train", "heldout")), flush=True)
+    write_table(run / "metrics.csv", [table[k] for k in sorted(table)])
+    if args.planted:
+        write_csv(run / "planted.csv", planted_rows(make, subset))
+        print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
+
+
+def missing(row, digest, metrics, spaces):
+    """What a row of metrics.csv says of samples with this digest, and the metrics that it lacks."""
+    row = row if row.get("samples_digest") == digest else {}
+    for s in spaces:
+        if row.get(f"weights_{s.name}") != s.digest:
+            row = {k: v for k, v in row.items() if s.name not in k}
+    return row, [m for m, columns in metrics.items() if not all(row.get(c) for c in columns)]
+
+
+# --- Which known denoiser does the network follow? ------------------------------------------------
+
+INPUTS = 64             # pictures of each kind at each level
+
+
+def gaussian(images):
+    """f(xt, a, s) -> E[x0 | xt] under the mean and covariance of images (N, C, H, W): Wang's.
+
+    x0 = m + V diag(a v / (a^2 v + s^2)) V^T (xt - a m), with the N or fewer eigenvectors V and
+    values v of the covariance: a Wiener filter.
+    """
+    mean, shape = images.flatten(1).mean(0), images.shape[1:]
+    _, root, basis = torch.linalg.svd(images.flatten(1) - mean, full_matrices=False)
+    value = root.square() / len(images)
+
+    def estimate(xt, a, s):
+        a, s = a[:, None], s[:, None]
+        part = (xt.flatten(1) - a * mean) @ basis.T * (a * value / (a**2 * value + s**2))
+        return (mean + part @ basis).unflatten(1, shape)
+    return estimate
+
+
+def local(images, patch=3):
+    """f(xt, a, s) -> x0, each pixel the posterior mean over the images' patches at its place.
+
+    From the patch x patch pixels around it, as far as they are in the picture. Kamb's local
+    denoiser, but for each place its own patches. images (N, C, H, W).
+    """
+    mean, half = images.mean(0), patch // 2
+    known = F.pad(images - mean, [half] * 4)
+
+    def rows_of(padded, i):         # the patches around the pixels of row i: (W, n, C patch^2)
+        return F.unfold(padded[:, :, i:i + patch], patch).permute(2, 0, 1)
+
+    def estimate(xt, a, s):
+        x0 = torch.empty_like(xt)
+        x = F.pad(xt - a[:, None, None, None] * mean, [half] * 4)
+        for i in range(xt.shape[2]):
+            y = rows_of(known, i)
+            y2, center = y.square().sum(2)[:, None], (images - mean)[:, :, i].permute(2, 0, 1)
+            for q in torch.arange(len(xt), device=xt.device).split(max(1, 2**25 // y2.numel())):
+                a_, s_ = a[q, None], s[q, None]
+                weight = ((rows_of(x[q], i) @ y.mT - 0.5 * a_ * y2) * (a_ / s_**2)).softmax(2)
+                x0[q, :, i] = (weight @ center).permute(1, 2, 0)            # (q, C, W)
+        return x0 + mean
+    return estimate
+
+
+def per_class(process, make, images, labels):
+    """net(xt, t, labels) of an estimate = make(images) for each class: f(xt, a, s) -> x0.
+
+    One for all where labels is None; a class of fewer than two images takes that of all, too.
+    """
+    @functools.cache
+    def estimate(k):
+        own = slice(None) if k is None else labels == k
+        return make(images[own] if len(images[own]) > 1 else images)
+
+    def net(xt, t, wanted=None):
+        (a, s), x0 = process.schedule(t), torch.empty_like(xt)
+        for k in [None] if labels is None else wanted.unique().tolist():
+            rows = slice(None) if k is None else wanted == k
+            x0[rows] = estimate(k)(xt[rows], a[rows], s[rows])
+        return process.prediction(xt, x0, t)
+    return net
+
+
+def reference_nets(process, known, other, patch):
+    """The four known denoisers as nets (xt, t, labels), of its class where the model has classes.
+
+    known, other: (images float (n, C, S, S), labels or None) of the training subset, and of others
+    that stand in for the population.
+    """
+    return {"memorizer": memorizer(process, *known),
+            "gaussian": per_class(process, gaussian, *known),
+            "local": per_class(process, functools.partial(local, patch=patch), *known),
+            "population": memorizer(process, *other)}
+
+
+def x0_of(net, process, xt, t, labels):
+    """What a net takes for x0, (n, C, H, W); clamped where sampling clamps it."""
+    x0 = torch.cat([process.x0_eps(x, net(x, u, None if labels is None else k), u)[0]
+                    for x, u, k in zip(xt.split(256), t.split(256), (
+                        t if labels is None else labels).split(256), strict=True)])
+    return x0.clamp(-1, 1) if process.clip else x0
+
+
+def noised(process, x0, labels):
+    """(xt, t, labels): images (n, C, S, S) at the middle of each level of t, most noise first."""
+    t = sampling_times(process, 2 * LEVELS)[1::2].to(x0.device).repeat_interleave(len(x0))
+    x0 = x0.repeat(LEVELS, 1, 1, 1)
+    eps = torch.randn(x0.shape, generator=generator("cpu", "denoisers")).to(x0.device)
+    return q_sample(process, x0, t, eps), t, None if labels is None else labels.repeat(LEVELS)
+
+
+def on_path(net, process, shape, labels, device):
+    """(xt, t, labels) as noised gives them, of points on the net's own way from noise to image."""
+    seen = []
+
+    def watched(xt, t, wanted):
+        seen.append((xt, t))
+        return net(xt, t, wanted)
+    sample(watched, process, shape, [(0, i) for i in range(INPUTS)], 2 * LEVELS, clip=process.clip,
+           labels=labels, device=device)
+    xt, t = (torch.cat(part) for part in zip(*seen[1::2], strict=True))
+    return xt, t, None if labels is None else labels.repeat(LEVELS)
+
+
+@torch.inference_mode()
+def measure_denoisers(args, record, device):
+    """denoisers.csv: how far the x0 of each snapshot's averaged weights is from each reference's.
+
+    A row per step, level, kind of input and reference: median and quartiles over the inputs of the
+    distance, rms over numbers in [-1, 1].
+    """
+    run, process, steps = args.run, PROCESSES[record["options"]["process"]], snapshots(args.run)
+    if not steps:
+        raise InputError(f"{run}: has no snapshots; train it first")
+    table = read_table(run / "denoisers.csv")
+    data = data_on(device, load_subset(run, record, args.data), record["classes"])
+    (images, labels), (other, other_labels) = ((to_float(x).contiguous(), k)
+                                               for x, k in data.values())
+    if labels is not None:          # a class that the model has never seen is no question to it
+        seen = torch.isin(other_labels, labels)
+        other, other_labels = other[seen], other_labels[seen]
+    m = min(INPUTS, len(other) // 2)
+
+    def cut(part, x, k):
+        return x[part], None if k is None else k[part]
+    references = reference_nets(process, (images, labels),
+                                cut(slice(m, None), other, other_labels), args.patch)
+    fixed = {"heldout": noised(process, *cut(slice(m), other, other_labels)),
+             "training": noised(process, *cut(slice(INPUTS), images, labels))}
+    known = functools.cache(lambda kind, name: x0_of(references[name], process, *fixed[kind]))
+    wanted = None if labels is None else torch.tensor(
+        [record["labels"][i % len(record["labels"])] for i in range(INPUTS)], device=device)
+    net = load_net(run, record, device)
+    code = source(measure_denoisers) + fingerprint(process) + identity(record) + str(args.patch)
+    for step in steps:
+        made_of = hashlib.sha256((run / f"snapshots/{step:07d}.pt").read_bytes() + code.encode())
+        made_of = made_of.hexdigest()[:8]
+        if [row["made_of"] for row in table.get(("", step), [])] == [made_of] * 120:
+            continue
+        load_ema(net, run, record, step)
+        table["", step] = []
+        path = on_path(net, process, images.shape[1:], wanted, device)
+        for kind, points in {"path": path, **fixed}.items():
+            own = x0_of(net, process, *points)
+            for name, reference in references.items():
+                x0 = known(kind, name) if kind in fixed else x0_of(reference, process, *points)
+                rms = (own - x0).square().mean((1, 2, 3)).sqrt().reshape(LEVELS, -1)
+                for level, values in enumerate(rms.flip(0)):
+                    low, median, high = values.quantile(values.new_tensor([0.25, 0.5, 0.75]))
+                    table["", step].append({
+                        "set": "", "step": step, "level": level, "t": (level + 0.5) / LEVELS,
+                        "inputs": kind, "reference": name, "median": float(median),
+                        "low": float(low), "high": float(high), "made_of": made_of})
+        write_table(run / "denoisers.csv", [row for k in sorted(table) for row in table[k]])
+        print(f"step {step:7d}  ...", flush=True)
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def parse(argv):
+    """The options. Raises InputError on values that make no sense."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("run", type=Path, help="run folder, trained and sampled")
+    p.add_argument("--features", help="space of FID, KID, sliced Wasserstein, precision and recall: "
+                   "inception, pixels, or a file of torch.export (.pt2) or TorchScript, (B, 3, H, "
+                   "W) in [0, 1] to (B, D); a file runs what its maker put in, so only trusted ones "
+                   "(inception for coloured pictures of 32 pixels or more that are not toys)")
+    p.add_argument("--weights", help="file of the FID Inception weights (downloaded)")
+    p.add_argument("--sscd", help="file of an SSCD model, like --features': adds the study's score")
+    p.add_argument("--denoisers", action="store_true", help="which known denoiser does the network "
+                   "follow? Into denoisers.csv, from the snapshots alone, and nothing else")
+    p.add_argument("--patch", type=int, default=3, help="pixels across of the local denoiser's "
+                   "neighbourhood, odd")
+    p.add_argument("--twin", type=Path, help="run trained on other images (--offset): compare the "
+                   "two models' samples from the same noise, into twin_NAME.csv, and nothing else")
+    p.add_argument("--planted", action="store_true", help="also measure planted copies of the "
+                   "training images, into planted.csv: what each measure of copying catches")
+    p.add_argument("--num", type=int, help="samples per snapshot (all there are); another number "
+                   "than before measures anew")
+    p.add_argument("--data", help="where the training images are, if not where train.py found them")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    args = p.parse_args(argv)
+    if args.num is not None and args.num < 1:
+        raise InputError(f"--num {args.num}: must be at least 1")
+    if args.patch < 1 or args.patch % 2 == 0:
+        raise InputError(f"--patch {args.patch}: must be odd, so that a pixel is in the middle")
+    return args
+
+
+@command_line
+def main(argv=None):
+    """Measure whatever is not done. Raises SystemExit(2) on bad input."""
+    args = parse(argv)
+    record, device = read_run(args.run), pick_device(args.device)
+    size, _, channels = record["image_shape"]
+    small = record["options"]["data"] == "toy" or size < 32 or channels < 3
+    args.features = args.features or ("pixels" if small else "inception")
+    torch.set_float32_matmul_precision("highest")               # no TF32: distances are small
+    torch.backends.cudnn.allow_tf32 = False
+    with locked(args.run, "measure", "*.csv", "neighbours/*", "neighbours/*/*"):
+        stage = measure_twin if args.twin else measure_denoisers if args.denoisers else measure
+        stage(args, record, device)
+
+
+# --- Beyond the study: planted copies, twins ------------------------------------------------------
 
 
 def plant(images):
     """What a copy may look like: {name: uint8 images}, made of the training images (n, S, S, C)."""
-    g = torch.Generator().manual_seed(0)
-    x = to_float(images)
+    g, x = torch.Generator().manual_seed(0), to_float(images)
 
     def back(y):
         return ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -670,225 +1012,80 @@ def plant(images):
                       "recoloured": back(x * (1 + 0.4 * gain) + 0.4 * shift)}
 
 
-def planted_rows(subset, controls, score):
-    """A row for each kind of planted copy, and held-out images: what each measure catches."""
-    kinds = plant(subset.train[:1024]) | {"held-out images": subset.heldout[:1024]}
+def planted_rows(make, subset):
+    """What each measure of copying catches: a row per kind of planted copy, and held-out images."""
     rows = []
-    for name, images in kinds.items():
-        found = subset.nearest(images)
-        row = copying_row(found, subset.groups)
-        rows.append({"planted": name, **{k: row[k] for k in row if k.startswith("copy_ratio")},
-                     "not_authentic": 1 - auth_share(found, controls["leave_one_out"])})
-        if score:
-            rows[-1]["sscd_ratio"] = score(images)["sscd_ratio"]
+    for name, images in (plant(subset.train[:1024])
+                         | {"held-out images": subset.heldout[:1024]}).items():
+        c = make(images)
+        found = {k: v for k, v in (copying(c) | similarity(c)).items() if "_ratio" in k}
+        rows.append({"planted": name, **found, "not_authentic": 1 - authenticity(c)["auth_share"]})
     return rows
 
 
-def twin_row(images, twins, subset, twin_subset):
-    """How two models trained on disjoint images agree on the same noise (Kadkhodaie, figure 2).
+def agreement(x, y, own, other):
+    """Whether two samples (n, D) are nearer to each other than either is (own, other: (n,)) to its
+    nearest training image: what copying alone cannot bring about (Kadkhodaie, figure 2)."""
+    return (x.double() - y.double()).norm(dim=1) < torch.minimum(own, other)
 
-    images, twins uint8 (n, S, S, C), sample i of each from the same noise. Distances are root mean
-    squares over pixels in [-1, 1]. agreement: the share of pairs closer to each other than either
-    is to its own nearest training image: what copying alone cannot bring about.
+
+def twin_row(images, twins, subset, twin_subset, shift=1):
+    """How two models trained on disjoint images agree on the same noise, as columns.
+
+    images, twins uint8 (n, S, S, C), sample i of each from the same noise. agreement: the share of
+    pairs that agree; null_agreement: of pairs from different noise (sample i with i + shift, a
+    multiple of the number of classes). Distances are rms over numbers in [-1, 1].
     """
     x, y = pixel_features(images), pixel_features(twins)
-    scale = x.shape[1] ** -0.5
-    between = (x.double() - y.double()).norm(dim=1) * scale
-    own = subset.nearest(images)["distances"][:, 0] * scale
-    other = twin_subset.nearest(twins)["distances"][:, 0] * scale
-    k = int((between < torch.minimum(own, other)).sum())
-    low, high = wilson(k, len(x))
-    return {"samples": len(x), "agreement": k / len(x), "agreement_low": low,
-            "agreement_high": high, "twin_rms": float(between.median()),
-            "nearest_train_rms": float(own.median()),
-            "twin_nearest_train_rms": float(other.median())}
+    own, other = (s.nearest(i)["distances"][:, 0]
+                  for s, i in ((subset, images), (twin_subset, twins)))
+    found, null = share("", agreement(x, y, own, other)), math.nan
+    if shift < len(x):
+        null = float(agreement(x[shift:], y[:-shift], own[shift:], other[:-shift]).double().mean())
+    between, scale = (x.double() - y.double()).norm(dim=1), x.shape[1] ** -0.5
+    return {"samples": len(x), "agreement": found["_ratio"], "agreement_low": found["_low"],
+            "agreement_high": found["_high"], "null_agreement": null,
+            "twin_rms": float(between.median()) * scale,
+            "nearest_train_rms": float(own.median()) * scale,
+            "twin_nearest_train_rms": float(other.median()) * scale,
+            "copy_ratio": float((copy_ratios(subset.nearest(images)["distances"])
+                                 < THRESHOLDS[""]).double().mean())}
 
 
-def measure_twin(run, twin, record, data, args, device):
-    """twin_NAME.csv in `run`: twin_row at each step that both runs have samples of."""
-    other = read_run(twin)
-    other_data = load_subset(twin, other, args.data)
+@torch.inference_mode()
+def measure_twin(args, record, device):
+    """twin_NAME.csv: twin_row at each step that both runs have samples of, in one set of samples.
+
+    Raises InputError where the runs share images, or have no samples with the same settings.
+    """
+    twin, other = args.twin, read_run(args.twin)
+    sets, twin_sets = sample_sets(args.run), sample_sets(twin)
+    name = min(sets.keys() & twin_sets.keys(), default="")
+    steps = sorted({*sets.get(name, ())} & {*twin_sets.get(name, ())})
+    if not steps:
+        raise InputError(f"--twin {twin}: no step has samples in both runs")
+    twin_args = argparse.Namespace(**vars(args) | {"run": twin})
+    data, other_data = (load_subset(a.run, r, args.data)
+                        for a, r in ((args, record), (twin_args, other)))
     shared = set.intersection(*({x.tobytes() for x in d.train_images} for d in (data, other_data)))
     if shared:
         raise InputError(f"--twin {twin}: the two training sets share {len(shared)} images; train "
                          f"one with --offset {record['options']['n']}")
-    steps = sorted({*sampled(run)} & {*sampled(twin)})
-    if not steps:
-        raise InputError(f"--twin {twin}: no step has samples in both runs")
     subsets = [Subset(d, r["options"]["flip"], device)
                for d, r in ((data, record), (other_data, other))]
     rows = []
-    for name in steps:
-        settings = [read_samples(r / f"samples/{name}.npz")[2] for r in (run, twin)]
-        if settings[0] != settings[1]:
-            raise InputError(f"--twin {twin}: samples/{name}.npz was made with other settings")
-        pair = [samples_of(r, name, args.num, record["image_shape"], device)[0]
-                for r in (run, twin)]
-        count = min(map(len, pair))
-        rows.append({"step": int(name), **twin_row(pair[0][:count], pair[1][:count], *subsets)})
-    write_csv(run / f"twin_{twin.name}.csv", rows)
-    print(f"{run}/twin_{twin.name}.csv: {len(rows)} steps; at the last, agreement "
-          f"{rows[-1]['agreement']:.3f}", flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
-
-
-def parse(argv):
-    """The options. Raises InputError on values that make no sense."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("run", type=Path, help="run folder, trained and sampled")
-    p.add_argument("--features", choices=("inception", "pixels"), help="space of FID, KID, sliced "
-                   "Wasserstein, precision and recall (inception; toy data: pixels)")
-    p.add_argument("--weights", help="file of the FID Inception weights (downloaded)")
-    p.add_argument("--sscd", help="TorchScript file of an SSCD model: adds the study's own score")
-    p.add_argument("--twin", type=Path, help="run trained on other images (--offset): compare the "
-                   "two models' samples from the same noise, into twin_NAME.csv")
-    p.add_argument("--planted", action="store_true", help="measure planted copies of the training "
-                   "images, into planted.csv: what each measure of copying catches")
-    p.add_argument("--num", type=int, help="samples a snapshot (all there are); another number "
-                   "than before measures anew")
-    p.add_argument("--data", help="where the training images are, if not where train.py found them")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    args = p.parse_args(argv)
-    if args.num is not None and args.num < 1:
-        raise InputError(f"--num {args.num}: must be at least 1")
-    return args
-
-
-def sampled(run):
-    """The names of a run's samples files, by step."""
-    return sorted(p.stem for p in (run / "samples").glob("[0-9]*.npz"))
-
-
-def samples_of(run, name, num, shape, device):
-    """The first `num` samples of a snapshot, uint8 (num, H, W, C), and labels.
-
-    Checked; and a digest of them.
-    """
-    path = run / f"samples/{name}.npz"
-    images, labels, _ = read_samples(path)
-    if images.dtype != np.uint8 or images.shape[1:] != tuple(shape) or not len(images):
-        raise InputError(f"{path}: {images.dtype} {images.shape}, "
-                         f"must be uint8 (num, {', '.join(map(str, shape))})")
-    if num and num > len(images):
-        raise InputError(f"--num {num}: {path} holds only {len(images)}; run sample.py --num {num}")
-    images, labels = images[:num], labels[:num]
-    digest = hashlib.sha256(images.tobytes()).hexdigest()[:8]
-    return torch.from_numpy(images).to(device), labels, digest
-
-
-def merge_rows(path, rows):
-    """Write rows {step: dict} as CSV, sorted by step, with every column that any of them has."""
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    write_csv(path, [{c: rows[step].get(c, "") for c in columns} for step in sorted(rows)])
-
-
-@torch.inference_mode()
-def measure_snapshot(run, name, images, labels, subset, controls):
-    """The copying columns of one snapshot; keeps its neighbours, 64 to look at, in neighbours/."""
-    found = subset.nearest(images)
-    write_neighbours(run, name, found, labels=labels, samples=images[:64].cpu().numpy(),
-                     nearest=subset.train[found["indices"][:64, 0]].cpu().numpy())
-    null = copying_row(controls["heldout"], subset.groups)
-    return copying_row(found, subset.groups) | {
-        f"null_{key}": value for key, value in null.items() if "copied" not in key} | {
-        "auth_share": auth_share(found, controls["leave_one_out"])}
-
-
-def write_neighbours(run, name, found, **more):
-    """neighbours/NAME.npz: distances, indices and d1/d2 of every image, and `more` arrays."""
-    arrays = {key: value.cpu().numpy() for key, value in found.items()}
-    ratios = copy_ratios(found["distances"]).cpu().numpy()
-    write_atomic(run / f"neighbours/{name}.npz",
-                 lambda f: np.savez(f, ratios=ratios, **arrays, **more))
-
-
-def write_controls(run, subset, controls):
-    """controls.csv, the neighbours of each control, and duplicates.csv: who is near-identical."""
-    groups = subset.groups.tolist()
-    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in enumerate(groups)
-                                       if g != i], columns=("image", "duplicate_of"))
-    rows = []
-    for name, found in controls.items():
-        write_neighbours(run, name, found)
-        rows.append({"name": name, "images": len(found["distances"]),
-                     **copying_row(found, subset.groups)})
-    write_csv(run / "controls.csv", rows)
-
-
-@command_line
-def main(argv=None):
-    """Measure every snapshot that is not done. Raises SystemExit(2) on bad input."""
-    args = parse(argv)
-    run, device, record = args.run, pick_device(args.device), read_run(args.run)
-    options, shape = record["options"], record["image_shape"]
-    space = args.features or ("pixels" if options["data"] == "toy" else "inception")
-    have = sampled(run)
-    if not have:
-        raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
-    drawn = {name: samples_of(run, name, args.num, shape, device) for name in have}
-    spaces = {space: load_space(space, args.weights, device)}
-    if args.sscd:
-        spaces["sscd"] = load_sscd(args.sscd, device)
-    data = load_subset(run, record, args.data)
-    if args.twin:
-        return measure_twin(run, args.twin, record, data, args, device)
-    try:
-        rows = {int(row["step"]): row for row in read_csv(run / "metrics.csv")}
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{run}/metrics.csv: damaged; delete it to measure anew") from None
-
-    def is_done(name):
-        row = rows.get(int(name), {})
-        return (row.get("samples_digest") == drawn[name][2]
-                and all(row.get(f"weights_{s}") == digest for s, (_, digest) in spaces.items())
-                and (run / f"neighbours/{name}.npz").exists())
-    todo = [name for name in have if not is_done(name)]
-    print(f"{run}: {len(todo)} of {len(have)} snapshots to measure, {', '.join(spaces)}, on "
-          f"{device}", flush=True)
-    if any(rows.get(int(n), {}).get("samples_digest") not in (None, drawn[n][2]) for n in todo):
-        print(f"{run}: measured before with other samples; those rows are replaced", flush=True)
-
-    subset = Subset(data, options["flip"], device)
-    controls = subset.controls()
-    if (run / "samples/exact.npz").exists():
-        controls["exact"] = subset.nearest(samples_of(run, "exact", None, shape, device)[0])
-    write_controls(run, subset, controls)
-    most = max(len(images) for images, _, _ in drawn.values())
-    held = subset.heldout[:most]
-    # Copies are searched in all training images, distributions compared at equal counts.
-    references = {s: {"train": features_of(s, spaces, subset.train[:None if s == "sscd" else most]),
-                      "heldout": features_of(s, spaces, held)} for s in spaces}
-
-    def score(images):
-        return similarity_row(spaces["sscd"][0](images), *references["sscd"].values())
-    if args.planted:
-        write_csv(run / "planted.csv", planted_rows(subset, controls, args.sscd and score))
-        print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
-    known_labels = torch.from_numpy(data.train_labels).to(device) if record["classes"] else None
-    process, count = options["process"], options["eval_images"]
-    floor = cached(f"floor {process} {count}", lambda: {"floor": torch.from_numpy(
-        loss_floor(PROCESSES[process], subset.train, known_labels, count))},
-        subset.train, *([known_labels] if record["classes"] else []))["floor"]
-    for name in todo:
-        images, labels, digest = drawn[name]
-        row = rows.get(int(name), {})
-        row = row if row.get("samples_digest") == digest else {}
-        row = {"step": int(name), "images": int(name) * options["batch"], "samples": len(images),
-               "samples_digest": digest} | row
-        row |= measure_snapshot(run, name, images, labels, subset, controls)
-        row |= fidelity_row(space, spaces[space][0](images), references[space])
-        row |= score(images) if args.sscd else {}
-        row |= {f"floor_level{k}": f"{value:.8g}" for k, value in enumerate(floor.tolist())}
-        rows[int(name)] = row | {f"weights_{s}": digest for s, (_, digest) in spaces.items()}
-        merge_rows(run / "metrics.csv", rows)
-        print(f"step {int(name):7d}  copies {row['copy_ratio']:.4f}  "
-              f"FID train {row[f'fid_{space}_train']:.2f}  "
-              f"held-out {row[f'fid_{space}_heldout']:.2f}", flush=True)
+    for step in steps:
+        (images, found, _), (twins, twin_found, _) = (
+            open_samples(a, r, device, name, step) for a, r in ((args, record), (twin_args, other)))
+        if found.settings != twin_found.settings:
+            raise InputError(f"--twin {twin}: its samples of step {step} have other settings")
+        count = min(len(images), len(twins))
+        rows.append({"step": step, **twin_row(images[:count], twins[:count], *subsets,
+                                              shift=max(1, len(record["labels"])))})
+    write_csv(args.run / f"twin_{twin.name}.csv", rows)
+    print(f"{args.run}/twin_{twin.name}.csv: {len(rows)} steps; at the last, agreement "
+          f"{rows[-1]['agreement']:.3f} (mismatched pairs {rows[-1]['null_agreement']:.3f})",
+          flush=True)
 
 
 if __name__ == "__main__":
