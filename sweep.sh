@@ -75,7 +75,7 @@ mini)
   TRAIN="--size 16 --process flow --conditional --blocks 1 --embed 128 ${TRAIN:-}"
   SAMPLE="--num 512 --sampling-steps 50 ${SAMPLE:-}"
   ;;
-paper) TRAIN="--process flow --conditional ${TRAIN:-}" ;;
+paper) TRAIN="--process flow --conditional --weighting sigmoid ${TRAIN:-}" ;;
 full) DESIGN=full ;;
 cifar10 | custom) ;;
 *) die "$grid: unknown grid; there are digits, toy, mini, cifar10, paper, full and custom" ;;
@@ -93,8 +93,9 @@ case "$mode $#" in
 *) die "$*: unknown option; there are --dry-run [--time], --status, --list and --only NAME" ;;
 esac
 
-if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then           # empty where no GPU shall be used
-  : "${GPUS:=${CUDA_VISIBLE_DEVICES//,/ }}"
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then           # empty or -1: no GPU
+  cuda=${CUDA_VISIBLE_DEVICES#-1}
+  : "${GPUS:=${cuda//,/ }}"
 elif [[ -z ${GPUS:-} ]]; then                           # nvidia-smi prints its errors here, too
   GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep '^[0-9]*$' || true)
 fi
@@ -111,7 +112,7 @@ if ((threads < 1)); then threads=1; fi
 
 # --- The runs: Python makes the grid, names its runs and says how far each of them is -------------
 
-line() { echo "$1 $(tr '\n' ' ' <<<"$2")"; }
+line() { echo "$1 $(tr '\n' ' ' <<<"$2")"; }             # what $1 is: the list $2
 
 ask() {                 # the runs into `rows`: name, state, ... (measure.py) between tabs
   local answer row
@@ -155,10 +156,10 @@ case $mode in
       NR > 1 && $2 != "done" { todo++; unknown += $6 == "?"; hours += $6; disk += $7 }
       END {
         printf "%s, %d to do, %d at a time\n", what, todo, slots
-        printf "training and sampling left: %.2f hours, %.2f a slot; ", hours, hours / slots
-        printf "weights kept: %.1f GB (KEEP=%s)\n", disk, keep
-        if (unknown) printf "and %d runs of a model size that never ran here: " \
-          "--dry-run --time times them\n", unknown }'
+        if (unknown) printf "%d are of model sizes that never ran here: --dry-run --time " \
+          "times them; without them\n", unknown
+        printf "training and sampling left: %.2f hours, %.2f per slot; ", hours, hours / slots
+        printf "weights to be kept: %.1f GB (KEEP=%s)\n", disk, keep }'
   exit
   ;;
 esac
@@ -192,7 +193,7 @@ run_one() {             # the row $1 on `device`
   echo "done   $name"
 }
 
-tidy() {                # remove the weights that KEEP does not keep, if the run of the row $1 is done
+tidy() {                # remove the weights that KEEP does not keep; only if the row $1 is done
   local name state snapshots
   IFS=$'\t' read -r name state _ <<<"$1"
   [[ $state == "done" ]] || return 0
