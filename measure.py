@@ -21,6 +21,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import logging
 import math
 import re
 import textwrap
@@ -34,17 +35,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sample import (load_ema, load_net, memorizer, read_samples, sample, sample_sets, samples_path,
-                    sampling_times, snapshots)
-from train import (LEVELS, PROCESSES, InputError, autocast, command_line, data_on, evaluate,
-                   fingerprint, identity, load_subset, locked, needs_torchvision, pick_device,
-                   q_sample, generator, read_csv, read_run, reading, to_float, write_atomic,
-                   write_csv)
+import sample
+import train
+from train import LEVELS, InputError, generator, reading, to_float, write_atomic, write_csv
 
 THRESHOLDS = {"": 1 / 3, "_quarter": 1 / 4, "_half": 1 / 2}     # of d1/d2; the literature's is 1/3
 DUPLICATE_SHARE = 0.5       # see duplicate_groups
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
 SSCD_THRESHOLD = 0.6        # the study's: a higher cosine similarity to a training image is a copy
+SSCD_SIZE = 288             # its authors' "small 288" transform
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 
@@ -229,7 +228,14 @@ class Space(NamedTuple):
     """A feature space: extract(uint8 images (n, H, W, C)) -> float32 (n, D)."""
     name: str
     extract: Callable
-    digest: str             # of the network's file; "none" where there is no network
+    digest: str = "none"            # of the network's file, where there is one
+
+    key = property(lambda s: (s.name, s.digest, source(load_space), source(load_sscd)))
+
+
+def extract(space, images):
+    """Features of images, as a function that can be cached."""
+    return space.extract(images)
 
 
 def pixel_features(images):
@@ -252,8 +258,8 @@ def network_features(net, images, flag="net", size=None, mean=0.0, std=1.0, batc
         with reading(f"{flag}, given {tuple(x.shape)}"):
             y = net((x - mean) / std)
             if not isinstance(y, torch.Tensor) or y.dim() != 2 or len(y) != len(x):
-                raise TypeError(f"returns {getattr(y, 'shape', type(y).__name__)}, must be a tensor "
-                                f"({len(x)}, D)")
+                raise TypeError(f"returns {getattr(y, 'shape', type(y).__name__)}, "
+                                f"must be a tensor ({len(x)}, D)")
             if not y.isfinite().all():
                 raise ValueError("returns numbers that are not finite")
         features.append(y.float())
@@ -267,7 +273,7 @@ def inception_net(state):
     graph computes: average pools that do not count the padding, a max pool in the last block, 1,008
     classes. Raises InputError where the weights are of another graph.
     """
-    with needs_torchvision("--features inception"):
+    with train.needs_torchvision("--features inception"):
         from torchvision.models import inception as tv
 
     def patched(block, pool=lambda x: F.avg_pool2d(x, 3, stride=1, padding=1,
@@ -319,32 +325,36 @@ def load_network(flag, path, device, **options):
     with reading(f"{flag} {path}"):
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
         if Path(path).suffix == ".pt2":
+            logging.getLogger("torch.export").disabled = True   # it prints tracebacks, beside ours
             net = torch.export.load(path).module().to(device)
         else:
-            print(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; .pt2 files of "
-                  "torch.export will last", flush=True)
+            say_once(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; save it by "
+                     "torch.export as a .pt2 file")
             net = torch.jit.load(path, map_location=device).eval()
-    return Space(re.sub(r"[^\w.-]", "-", Path(path).stem) + f"-{digest}", functools.partial(
-        network_features, net, flag=f"{flag} {path}", **options), digest)
+    extract = functools.partial(network_features, net, flag=f"{flag} {path}", **options)
+    return Space(re.sub(r"[^\w.-]", "-", Path(path).stem) + f"-{digest}", extract, digest)
 
 
 def load_sscd(path, device):
     """The space of an SSCD model, images prepared as its authors' "small 288" transform does."""
     mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1)
                  for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    space = load_network("--sscd", path, device, size=288, mean=mean, std=std)
+    space = load_network("--sscd", path, device, size=SSCD_SIZE, mean=mean,
+                         std=std)
     return space._replace(name="sscd", extract=lambda x: F.normalize(space.extract(x), dim=1))
 
 
 def load_space(name, weights, device):
     """The Space of --features: inception, pixels or a file."""
     if name == "pixels":
-        return Space("pixels", pixel_features, "none")
+        return Space("pixels", pixel_features)
     return load_inception(weights, device) if name == "inception" else load_network(
         "--features", name, device)
 
 
 # --- Caches: kept in data/cache under what they are made of ---------------------------------------
+
+say_once = functools.cache(functools.partial(print, flush=True))
 
 
 @functools.cache
@@ -353,103 +363,109 @@ def source(function):
     found, todo = {}, [function]
     while todo:
         one = inspect.unwrap(todo.pop())
-        if one not in found and Path(inspect.getfile(one)).parent == Path(__file__).parent:
-            text = textwrap.dedent(inspect.getsource(one))
-            names = {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)}
-            values = [vars(inspect.getmodule(one)).get(name) for name in sorted(names)]
-            todo += [v for v in values if inspect.isfunction(v) or inspect.isclass(v)]
-            found[one] = text + str([v for v in values if isinstance(v, int | float | str | dict)])
+        if one in found or one.__module__ not in (function.__module__, __name__, "train", "sample"):
+            continue
+        text, scope = textwrap.dedent(inspect.getsource(one)), vars(inspect.getmodule(one))
+        nodes = list(ast.walk(ast.parse(text)))
+        values = [scope.get(name) for name in sorted({
+            n.id for n in nodes if isinstance(n, ast.Name)})]
+        values += [getattr(scope.get(n.value.id), n.attr, None) for n in nodes
+                   if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+        todo += [v for v in values if inspect.isfunction(v) or inspect.isclass(v)]
+        found[one] = text + str([v for v in values if isinstance(v, int | float)])
     return "".join(found.values())
 
 
-@functools.cache
-def say_once(message):
-    """Print a line, the first time."""
-    print(message, flush=True)
-
-
-def cached(functions, compute, *made_of):
-    """compute() -> {name: tensor or number}, kept in data/cache.
-
-    Found by what it is made of: the source code of `functions` and of all that they call, and
-    `made_of`: tensors, the first of which says the device, or anything that prints as what it is.
-    The file repeats this; one that does not fit, or is damaged, is made anew.
-    """
-    key = hashlib.sha256("".join(map(source, functions)).encode())
-    for x in made_of:
+def digest_of(*things):
+    """64 hex digits of tensors, noise processes, and what has a `key` or prints as what it is."""
+    digest = hashlib.sha256()
+    for x in things:
         tensor = isinstance(x, torch.Tensor)
-        key.update(repr((x.shape, x.dtype) if tensor else x).encode())
-        key.update(x.contiguous().cpu().numpy() if tensor else b"")
-    key = key.hexdigest()
-    path = Path("data/cache") / f"{key[:32]}.npz"
+        text = train.fingerprint(x) if isinstance(x, train.Process) else getattr(x, "key", x)
+        digest.update(repr((x.shape, x.dtype) if tensor else text).encode())
+        digest.update(x.contiguous().cpu().numpy() if tensor else b"")
+    return digest.hexdigest()
+
+
+def cached(function, *things):
+    """function(*things), tensors (then on the CPU) or numbers, kept in data/cache under what it is made of.
+
+    That is, the source code of the function and of all that it calls, and the things; the file
+    says so, too, and carries checksums: one that does not fit, or is damaged, is made anew.
+    """
+    key = digest_of(source(function), *things)
+    path = Path(f"data/cache/{key[:32]}.pt")
     try:
-        with reading(path), np.load(path) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-            if str(arrays.pop("made_of")) != key:
-                raise ValueError("made of something else")
+        return train.load_checkpoint(path, key, 0)["value"]
     except InputError:
-        arrays = {name: x.cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-                  for name, x in compute().items()}
-        try:
-            write_atomic(path, lambda file: np.savez(file, made_of=key, **arrays))
-        except OSError as error:
-            say_once(f"{error}; the cache is not needed, so this goes on without it")
-    return {name: torch.from_numpy(x).to(made_of[0].device) for name, x in arrays.items()}
+        value = function(*things)
+    try:
+        train.save(path, {"run": key, "step": 0, "value": value})
+    except OSError:
+        say_once("data/cache: cannot be written, so nothing is kept there")
+    return value
 
 
 # --- What a metric sees ---------------------------------------------------------------------------
 
 
 class Subset:
-    """The training subset that copies are searched in, and the held-out images.
+    """The training subset that copies are searched in, the held-out images, and their features.
 
     train, heldout uint8 (n, S, S, C); groups (N,) of near-duplicates. Where training flipped, a
-    mirrored copy is a copy, of the same group as its original. Raises InputError where all images
-    are near-duplicates.
+    mirrored copy is a copy, of the same group as its original. space: of fidelity; most: the
+    held-out images that it takes at most. Raises InputError where all are near-duplicates.
     """
 
-    def __init__(self, data, flip, device):
+    def __init__(self, data, flip, device, space=None, sscd=None, most=None):
         self.train = torch.from_numpy(data.train_images).to(device)
         self.heldout = torch.from_numpy(data.heldout_images).to(device)
-        self.groups = cached([duplicate_groups], lambda: {"groups": duplicate_groups(
-            pixel_features(self.train))}, self.train)["groups"]
+        self.groups = cached(duplicate_groups, pixel_features(self.train)).to(device)
         if len(self.groups.unique()) < 2:
             raise InputError("the training images are all near-duplicates of one another: d1/d2 "
                              "has no meaning")
         views = [self.train, self.train.flip(2)] if flip else [self.train]
         self.search = torch.cat([pixel_features(view) for view in views])
         self.search_groups = self.groups.repeat(len(views))
+        self.space, self.sscd = space or Space("pixels", pixel_features), sscd
+        self.most = min(most or len(self.heldout), len(self.heldout))
+        self.key = digest_of(self.search, self.heldout, self.most, self.space, sscd)
 
     def nearest(self, images, exclude=None):
-        """two_nearest of uint8 images: {"distances", "indices"}, each (n, 2)."""
-        def compute():
-            distances, i = two_nearest(pixel_features(images), self.search, self.search_groups,
-                                       exclude)
-            return {"distances": distances, "indices": torch.where(i < 0, i, i % len(self.train))}
-        return cached([Subset], compute, images, self.search, self.search_groups, exclude)
+        """two_nearest of uint8 images: distances and indices, each (n, 2)."""
+        distances, i = (x.to(self.train.device) for x in cached(
+            two_nearest, pixel_features(images), self.search, self.search_groups, exclude))
+        return distances, torch.where(i < 0, i, i % len(self.train))
+
+    # The neighbours of each training image among those of other groups.
+    own = functools.cached_property(lambda s: s.nearest(s.train, s.groups))
 
     @functools.cached_property
-    def own(self):
-        """The neighbours of each training image among those of other groups."""
-        return self.nearest(self.train, self.groups)
+    def references(self):
+        """Features of real images: {"train", "heldout", "sscd"}, float (n, D)."""
+        def features(space, images):
+            if space is None or space.name == "pixels":
+                return space and space.extract(images)
+            return cached(extract, space, images).to(images.device)
+        return {"train": features(self.space, self.train), "sscd": features(self.sscd, self.train),
+                "heldout": features(self.space, self.heldout[:self.most])}
 
 
 @dataclass
 class Context:
-    """Pictures to be measured, and what a metric may ask of them; each is computed once."""
-    images: torch.Tensor            # uint8 (n, S, S, C)
+    """Pictures to be measured, uint8 (n, S, S, C), and what a metric may ask of them, once each."""
+    images: torch.Tensor
     subset: Subset
-    space: Space                    # of fidelity
-    references: dict                # {"train", "heldout", "sscd"}: features (N, D) of real images
-    sscd: Space | None = None
-    splits: tuple = ("train", "heldout")        # the references that fidelity is measured against
+    splits: tuple = ("train", "heldout")        # what fidelity is measured against
 
+    count = property(lambda c: min(len(c.images), c.subset.most))       # fidelity's first pictures
+    features = functools.cached_property(lambda c: c.subset.space.extract(c.images[:c.count]))
     pixels = functools.cached_property(lambda c: pixel_features(c.images))          # (n, D)
     neighbours = functools.cached_property(lambda c: c.subset.nearest(c.images))
-    ratios = functools.cached_property(lambda c: copy_ratios(c.neighbours["distances"]))
-    # The first m pictures are compared with as many references.
-    count = functools.cached_property(lambda c: min(len(c.images), len(c.references["heldout"])))
-    features = functools.cached_property(lambda c: c.space.extract(c.images[:c.count]))
+    distances = property(lambda c: c.neighbours[0][:, 0])       # to the nearest training image
+    nearest = property(lambda c: c.neighbours[1][:, 0])         # its index
+    ratios = functools.cached_property(lambda c: copy_ratios(c.neighbours[0]))      # d1/d2
+    key = property(lambda c: digest_of(c.images, c.nearest, c.splits, c.subset, source(Context)))
 
 
 # --- Metrics: functions from a Context to columns -------------------------------------------------
@@ -470,7 +486,7 @@ def copying(c):
     row = {}
     for end, threshold in THRESHOLDS.items():
         row |= share("copy", c.ratios < threshold, end)
-    copied = c.subset.groups[c.neighbours["indices"][c.ratios < THRESHOLDS[""], 0]]
+    copied = c.subset.groups[c.nearest[c.ratios < THRESHOLDS[""]]]
     counts = torch.bincount(copied, minlength=1)
     return row | {"distinct_copied": int((counts > 0).sum()), "most_copied": int(counts.max())}
 
@@ -478,11 +494,11 @@ def copying(c):
 def authenticity(c):
     """AuthPct, as a share (Alaa, eq. 8): pictures farther from their nearest training image than
     that one is from its own nearest."""
-    nearest = c.subset.own["distances"][c.neighbours["indices"][:, 0], 0]
-    return {"auth_share": float((c.neighbours["distances"][:, 0] >= nearest).double().mean())}
+    own, _ = c.subset.own
+    return {"auth_share": float((c.distances >= own[c.nearest, 0]).double().mean())}
 
 
-def distances(x, reference, end):
+def distances_of(x, reference, end):
     """FID, KID and sliced Wasserstein distance of features (m, D), as columns that end in `end`.
 
     At equal counts: the first m reference vectors, repeated in turn where there are fewer, which is
@@ -500,8 +516,8 @@ def fidelity(c):
     """How far the pictures' distribution is from the training and from the held-out images'."""
     row = {}
     for split in c.splits:
-        end, reference = f"{c.space.name}_{split}", c.references[split]
-        row |= distances(c.features, reference, end)
+        end, reference = f"{c.subset.space.name}_{split}", c.subset.references[split]
+        row |= distances_of(c.features, reference, end)
         row |= zip((f"precision_{end}", f"recall_{end}"),
                    precision_recall(c.features, reference[:c.count]), strict=True)
     return row
@@ -512,8 +528,8 @@ def replaced(c):
     comes from which images are copied, not from how the pictures look."""
     if "heldout" not in c.splits:
         return {}
-    x = c.references["train"][c.neighbours["indices"][:c.count, 0]]
-    row = distances(x, c.references["heldout"], f"{c.space.name}_replaced")
+    x, held = c.subset.references["train"][c.nearest[:c.count]], c.subset.references["heldout"]
+    row = distances_of(x, held, f"{c.subset.space.name}_replaced")
     return {key: value for key, value in row.items() if "error" not in key}
 
 
@@ -527,8 +543,7 @@ def sharpness(c):
 
 def nearest_rms(c):
     """The median distance to the nearest training image, as the rms over numbers in [-1, 1]."""
-    return {"nearest_rms": float(c.neighbours["distances"][:, 0].median())
-            / math.sqrt(c.pixels.shape[1])}
+    return {"nearest_rms": float(c.distances.median()) / math.sqrt(c.pixels.shape[1])}
 
 
 def non_negative(x, y, sweeps=300):
@@ -560,18 +575,18 @@ def near_samples(c):
     """The share of pictures that are no copies, yet nearer to another picture than to any training
     image: spurious attractors (arXiv 2505.21777), where it is more than held-out images have."""
     x, own = c.pixels[:c.count], torch.arange(c.count, device=c.images.device)
-    near = two_nearest(x, x, exclude=own)[0][:, 0] < c.neighbours["distances"][:c.count, 0]
+    near = two_nearest(x, x, exclude=own)[0][:, 0] < c.distances[:c.count]
     return {"near_samples": float((near & (c.ratios[:c.count] >= THRESHOLDS[""])).double().mean())}
 
 
 def similarity(c):
     """The study's memorization score, if asked for: the share whose highest cosine similarity to a
     training image in SSCD features exceeds .6."""
-    if c.sscd is None:
+    if c.subset.sscd is None:
         return {}
-    y = c.references["sscd"].double()
-    highest = [(x.double() @ y.T).amax(1) for x in c.sscd.extract(c.images).split(1024)]
-    return share("sscd", torch.cat(highest) > SSCD_THRESHOLD)
+    y, x = c.subset.references["sscd"].double(), c.subset.sscd.extract(c.images).double()
+    highest = torch.cat([(part @ y.T).amax(1) for part in x.split(1024)])
+    return share("sscd", highest > SSCD_THRESHOLD)
 
 
 METRICS = (copying, authenticity, fidelity, replaced, sharpness, nearest_rms, mixture, near_samples,
@@ -594,12 +609,12 @@ def power_spectrum(images):
 
 @torch.inference_mode()
 def loss_floor(process, images, labels, count):
-    """The perfect memorizer's loss on its own images, by level, as train.evaluate gives it.
+    """The perfect memorizer's loss on its own images, by level, as train.evaluate gives it: a list.
 
     images uint8 (n, S, S, C), labels (n,) or None. No network has less.
     """
-    net = memorizer(process, to_float(images).contiguous(), labels)
-    return evaluate(net, process, images, labels, count, amp="off")[1]
+    net = sample.memorizer(process, to_float(images).contiguous(), labels)
+    return train.evaluate(net, process, images, labels, count, amp="off")[1].tolist()
 
 
 # --- One run --------------------------------------------------------------------------------------
@@ -614,7 +629,7 @@ def write_table(path, rows):
 def read_table(path):
     """The rows of a table, by (set, step): {key: [row]}. Raises InputError: damaged, another's."""
     table = {}
-    for row in read_csv(path):
+    for row in train.read_csv(path):
         with reading(path, "delete it to measure anew"):
             table.setdefault((row.get("set", ""), int(row["step"])), []).append(row)
     return table
@@ -623,8 +638,8 @@ def read_table(path):
 def open_samples(args, record, device, name, step):
     """The first --num samples of a snapshot, uint8 (n, S, S, C), checked; the file's Samples; and a
     digest of these samples."""
-    path, shape = samples_path(args.run, name, step), tuple(record["image_shape"])
-    found, num = read_samples(path, identity(record)), args.num
+    path, shape = sample.samples_path(args.run, name, step), tuple(record["image_shape"])
+    found, num = sample.read_samples(path, train.identity(record)), args.num
     images = found.images
     if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
         raise InputError(f"{path}: {images.dtype} {images.shape}, "
@@ -639,8 +654,9 @@ def open_samples(args, record, device, name, step):
 def write_neighbours(path, c, digest="", step=-1, labels=()):
     """neighbours/[SET/]STEP.npz: the two nearest training images of each, the first 64 to look at.
     """
-    first = {"samples": c.images[:64], "nearest": c.subset.train[c.neighbours["indices"][:64, 0]]}
-    arrays = {k: v.cpu().numpy() for k, v in (c.neighbours | {"ratios": c.ratios} | first).items()}
+    arrays = {"distances": c.neighbours[0], "indices": c.neighbours[1], "ratios": c.ratios,
+              "samples": c.images[:64], "nearest": c.subset.train[c.nearest[:64]]}
+    arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
     write_atomic(path, lambda file: np.savez(file, labels=labels, samples_digest=digest, step=step,
                                              **arrays))
 
@@ -655,134 +671,103 @@ def has_neighbours(path, digest, step):
         return False
 
 
-def control_contexts(make, subset, count, exact):
-    """Pictures known to be copies, and known not to be, and the metrics defined for each.
+def measure_controls(run, subset, exact):
+    """controls.csv: pictures known to be copies, and known not to be. Returns {control: columns}.
 
     heldout: the held-out images as if they were samples, what a perfect generalizer draws; where
-    there are enough, the first `count` are others than the reference. training: `count` draws of
+    there are enough, those compared are others than the reference. training: as many draws of
     training images, a perfect memorizer's. leave_one_out: each training image among the others.
-    exact: samples of the exact denoiser.
+    exact: samples of the exact denoiser, or None. Kept in the cache, by metric; this is how one
+    knows which columns each metric of METRICS has.
     """
-    apart = 2 * count <= len(subset.heldout)
-    draws = torch.randint(len(subset.train), (count,), generator=generator("cpu", "control"))
-    others = make(subset.train)
+    apart = 2 * subset.most <= len(subset.heldout)
+    draws = torch.randint(len(subset.train), (subset.most,), generator=generator("cpu", "control"))
+    others = Context(subset.train, subset)
     others.neighbours = subset.own
-    contexts = {"heldout": (make(subset.heldout.roll(-count, 0), splits=("train", "heldout"))
-                            if apart else make(subset.heldout, splits=("train",)), METRICS),
-                "training": (make(subset.train[draws.to(subset.train.device)]), METRICS),
-                "leave_one_out": (others, (copying, nearest_rms))}
-    return contexts | ({} if exact is None else {"exact": (make(exact), METRICS)})
-
-
-def measure_controls(run, contexts, key):
-    """controls.csv and neighbours/CONTROL.npz. Returns {control: {metric: columns}}.
-
-    Kept in the cache under `key` and the pictures: this is how one knows which columns a metric of
-    METRICS has, and so which of them a run lacks.
-    """
-    found = {}
-    for name, (c, metrics) in contexts.items():
-        write_neighbours(run / f"neighbours/{name}.npz", c)
-        found[name] = {}
-        for metric in metrics:
-            columns = cached([metric, Context, Subset, load_space], functools.partial(metric, c),
-                             c.images, c.neighbours["indices"], c.splits, *key)
-            found[name][metric] = {k: v.item() for k, v in columns.items()}
+    contexts = {
+        "heldout": (Context(subset.heldout.roll(-subset.most, 0), subset) if apart
+                    else Context(subset.heldout, subset, ("train",)), METRICS),
+        "training": (Context(subset.train[draws.to(subset.train.device)], subset), METRICS),
+        "leave_one_out": (others, (copying, nearest_rms)),
+        **({} if exact is None else {"exact": (Context(exact, subset), METRICS)})}
+    found = {name: {metric: cached(metric, c) for metric in metrics}
+             for name, (c, metrics) in contexts.items()}
     write_table(run / "controls.csv", [
         {"name": name, "images": len(contexts[name][0].images)}
-        | {k: v for columns in rows.values() for k, v in columns.items()}
-        for name, rows in found.items()])
-    return found
-
-
-def prepare(args, record, device, most):
-    """(make, subset, key, floor): make(images) -> the Context of samples of this run; what all that
-    it holds is made of; the columns floor_level0, ... of loss_floor."""
-    space = load_space(args.features, args.weights, device)
-    sscd = load_sscd(args.sscd, device) if args.sscd else None
-    data = load_subset(args.run, record, args.data)
-    subset = Subset(data, record["options"]["flip"], device)
-
-    def features(space, images):
-        return cached([load_space, load_sscd], lambda: {"features": space.extract(images)}, images,
-                      space.name, space.digest)["features"]
-    references = {"train": features(space, subset.train),
-                  "heldout": features(space, subset.heldout[:most])}
-    references |= {"sscd": features(sscd, subset.train)} if sscd else {}
-    process, count = PROCESSES[record["options"]["process"]], record["options"]["eval_images"]
-    images, labels = data_on(device, data, record["classes"])["train"]
-    floor = cached([loss_floor], lambda: {"floor": loss_floor(process, images, labels, count)},
-                   images, labels, fingerprint(process), count)["floor"]
-    return (functools.partial(Context, subset=subset, space=space, references=references,
-                              sscd=sscd), subset,
-            (subset.search, subset.heldout[:most], space[::2], sscd and sscd.digest),
-            {f"floor_level{k}": f"{value:.8g}" for k, value in enumerate(floor.tolist())})
-
-
-@torch.inference_mode()
-def measure(args, record, device):
-    """All tables of a run. What is done is skipped, sample by sample and metric by metric."""
-    run, sets, digests, spectra, most = args.run, sample_sets(args.run), {}, [], 0
-    if not sets:
-        raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
-    read = functools.partial(open_samples, args, record, device)
-    for key in [(name, step) for name, steps in sets.items() for step in steps]:
-        images, _, digests[key] = read(*key)
-        most = max(most, len(images))
-        spectra.append({"name": "", "set": key[0], "step": key[1], **power_spectrum(images)})
-    table = {key: rows[0] for key, rows in read_table(run / "metrics.csv").items()}
-    exact = [name for name in sets if samples_path(run, name, "exact").exists()]
-    exact = read(exact[0], "exact")[0] if exact else None
-    make, subset, key, floor = prepare(args, record, device, most)
-    contexts = control_contexts(make, subset, min(most, len(subset.heldout)), exact)
-    controls = measure_controls(run, contexts, key)
-    spectra += [{"name": name, **power_spectrum(images)}
-                for name, images in (("heldout", subset.heldout), ("training", subset.train))]
-    write_table(run / "spectrum.csv", spectra)
+        | {k: v for row in rows.values() for k, v in row.items()} for name, rows in found.items()])
+    for name, (c, _) in contexts.items():
+        write_neighbours(run / f"neighbours/{name}.npz", c)
     write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in
                                        enumerate(subset.groups.tolist()) if g != i],
               columns=("image", "duplicate_of"))
-    same = floor | {f"null_{k}": v for columns in controls["heldout"].values()
-                    for k, v in columns.items() if k.startswith(NULLS)}
-    table = {key: row | same if row.get("samples_digest") == digests.get(key) else row
-             for key, row in table.items()}
-    spaces = [s for s in (make.keywords["space"], make.keywords["sscd"]) if s]
-    todo = {}
-    for key, digest in digests.items():
-        row, lacking = missing(table.get(key, {}), digest, controls["training"], spaces)
-        path = run / "neighbours" / key[0] / f"{key[1]:07d}.npz"
-        if lacking or not has_neighbours(path, digest, key[1]):
-            todo[key] = row, lacking, path
-    print(f"{run}: {len(todo)} of {len(digests)} snapshots to measure, "
-          f"{', '.join(s.name for s in spaces)}, on {device}", flush=True)
-    for key, (row, lacking, path) in todo.items():
-        images, samples, digest = read(*key)
-        c = make(images)
-        row = {"set": key[0], "step": key[1], "images": key[1] * record["options"]["batch"],
-               "samples": len(images), "samples_digest": digest,
-               **{f"setting_{k}": v for k, v in samples.settings.items()},
-               "out_of_range": samples.out_of_range} | row
-        for metric in lacking:
-            row |= metric(c)
-        write_neighbours(path, c, digest, key[1], samples.labels[:len(images)])
-        table[key] = row | same | {f"weights_{s.name}": s.digest for s in spaces}
-        write_table(run / "metrics.csv", [table[k] for k in sorted(table)])
-        print(f"{key[0]} step {key[1]:7d}  copies {float(row['copy_ratio']):.4f}  "
-              + "  ".join(f"FID {split} {float(row[f'fid_{spaces[0].name}_{split}']):.2f}"
-                          for split in ("train", "heldout")), flush=True)
-    write_table(run / "metrics.csv", [table[k] for k in sorted(table)])
-    if args.planted:
-        write_csv(run / "planted.csv", planted_rows(make, subset))
-        print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
+    return found
 
 
-def missing(row, digest, metrics, spaces):
+def missing(row, digest, columns, spaces):
     """What a row of metrics.csv says of samples with this digest, and the metrics that it lacks."""
     row = row if row.get("samples_digest") == digest else {}
     for s in spaces:
         if row.get(f"weights_{s.name}") != s.digest:
             row = {k: v for k, v in row.items() if s.name not in k}
-    return row, [m for m, columns in metrics.items() if not all(row.get(c) for c in columns)]
+    return row, [m for m, names in columns.items() if not all(row.get(name) for name in names)]
+
+
+@torch.inference_mode()
+def measure(args, record, device):
+    """All tables of a run. What is done is skipped, snapshot by snapshot and metric by metric."""
+    run, options, drawn, spectra = args.run, record["options"], {}, []
+    sets = sample.sample_sets(run)
+    if not sets:
+        raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
+    read = functools.partial(open_samples, args, record, device)
+    for key in [(name, step) for name, steps in sets.items() for step in steps]:
+        images, _, digest = read(*key)
+        drawn[key] = digest, len(images)
+        spectra.append({"name": "", "set": key[0], "step": key[1], **power_spectrum(images)})
+    table = {key: rows[0] for key, rows in read_table(run / "metrics.csv").items()}
+    exact = [read(name, "exact")[0] for name in sets
+             if sample.samples_path(run, name, "exact").exists()]
+    spaces = [load_space(args.features, args.weights, device)]
+    spaces += [load_sscd(args.sscd, device)] if args.sscd else []
+    data = train.load_subset(run, record, args.data)
+    subset = Subset(data, options["flip"], device, *spaces, most=max(n for _, n in drawn.values()))
+    controls = measure_controls(run, subset, next(iter(exact), None))
+    write_table(run / "spectrum.csv", spectra + [
+        {"name": name, **power_spectrum(images)}
+        for name, images in (("heldout", subset.heldout), ("training", subset.train))])
+    floor = cached(loss_floor, train.PROCESSES[options["process"]], *train.data_on(
+        device, data, record["classes"])["train"], options["eval_images"])
+    same = {f"floor_level{k}": f"{value:.8g}" for k, value in enumerate(floor)} | {
+        f"null_{k}": v for columns in controls["heldout"].values() for k, v in columns.items()
+        if k.startswith(NULLS)}
+    todo = {}
+    for key, (digest, _) in drawn.items():
+        row, lacking = missing(table.get(key, {}), digest, controls["training"], spaces)
+        table[key] = row | same if row else {}
+        path = run / "neighbours" / key[0] / f"{key[1]:07d}.npz"
+        if lacking or not has_neighbours(path, digest, key[1]):
+            todo[key] = lacking, path
+    print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
+          f"{', '.join(s.name for s in spaces)}, on {device}", flush=True)
+    for key, (lacking, path) in todo.items():
+        images, samples, digest = read(*key)
+        c = Context(images, subset)
+        row = {"set": key[0], "step": key[1], "images": key[1] * options["batch"],
+               "samples": len(images), "samples_digest": digest,
+               **{f"setting_{k}": v for k, v in samples.settings.items()},
+               "out_of_range": samples.out_of_range} | table[key]
+        for metric in lacking:
+            row |= metric(c)
+        write_neighbours(path, c, digest, key[1], samples.labels[:len(images)])
+        table[key] = row | same | {f"weights_{s.name}": s.digest for s in spaces}
+        write_table(run / "metrics.csv", [table[k] for k in sorted(table) if table[k]])
+        print(f"{key[0]} step {key[1]:7d}  copies {float(row['copy_ratio']):.4f}  FID train "
+              f"{float(row[f'fid_{spaces[0].name}_train']):.2f}  held-out "
+              f"{float(row[f'fid_{spaces[0].name}_heldout']):.2f}", flush=True)
+    write_table(run / "metrics.csv", [table[k] for k in sorted(table) if table[k]])
+    if args.planted:
+        write_csv(run / "planted.csv", planted_rows(subset))
+        print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
 
 
 # --- Which known denoiser does the network follow? ------------------------------------------------
@@ -791,159 +776,152 @@ INPUTS = 64             # pictures of each kind at each level
 
 
 def gaussian(images):
-    """f(xt, a, s) -> E[x0 | xt] under the mean and covariance of images (N, C, H, W): Wang's.
+    """f(xt, a, s) -> E[x0 | xt] under the mean and covariance of images (N, C, H, W) (Wang).
 
-    x0 = m + V diag(a v / (a^2 v + s^2)) V^T (xt - a m), with the N or fewer eigenvectors V and
-    values v of the covariance: a Wiener filter.
+    A Wiener filter: m + V diag(a v / (a^2 v + s^2)) V^T (xt - a m), with the covariance's N or
+    fewer eigenvectors V and values v that are not 0.
     """
-    mean, shape = images.flatten(1).mean(0), images.shape[1:]
+    mean = images.flatten(1).mean(0)
     _, root, basis = torch.linalg.svd(images.flatten(1) - mean, full_matrices=False)
     value = root.square() / len(images)
 
     def estimate(xt, a, s):
         a, s = a[:, None], s[:, None]
         part = (xt.flatten(1) - a * mean) @ basis.T * (a * value / (a**2 * value + s**2))
-        return (mean + part @ basis).unflatten(1, shape)
+        return (mean + part @ basis).reshape(xt.shape)
     return estimate
 
 
 def local(images, patch=3):
     """f(xt, a, s) -> x0, each pixel the posterior mean over the images' patches at its place.
 
-    From the patch x patch pixels around it, as far as they are in the picture. Kamb's local
-    denoiser, but for each place its own patches. images (N, C, H, W).
+    A patch is the patch x patch pixels around it, as far as they lie in the picture. Kamb's local
+    denoiser, with patches of the same place only. images (N, C, H, W); memory: about 500 MB.
     """
-    mean, half = images.mean(0), patch // 2
-    known = F.pad(images - mean, [half] * 4)
+    mean, known = images.mean(0), F.pad(images - images.mean(0), [patch // 2] * 4)
 
-    def rows_of(padded, i):         # the patches around the pixels of row i: (W, n, C patch^2)
+    def patches(padded, i):         # around the pixels of row i: (W, n, C patch^2)
         return F.unfold(padded[:, :, i:i + patch], patch).permute(2, 0, 1)
 
     def estimate(xt, a, s):
-        x0 = torch.empty_like(xt)
-        x = F.pad(xt - a[:, None, None, None] * mean, [half] * 4)
+        x0, a, s = torch.empty_like(xt), a[:, None, None, None], s[:, None, None, None]
+        x = F.pad(xt - a * mean, [patch // 2] * 4)
         for i in range(xt.shape[2]):
-            y = rows_of(known, i)
-            y2, center = y.square().sum(2)[:, None], (images - mean)[:, :, i].permute(2, 0, 1)
-            for q in torch.arange(len(xt), device=xt.device).split(max(1, 2**25 // y2.numel())):
-                a_, s_ = a[q, None], s[q, None]
-                weight = ((rows_of(x[q], i) @ y.mT - 0.5 * a_ * y2) * (a_ / s_**2)).softmax(2)
-                x0[q, :, i] = (weight @ center).permute(1, 2, 0)            # (q, C, W)
+            y, center = patches(known, i), (images - mean)[:, :, i].permute(2, 0, 1)
+            y2, rows = y.square().sum(2)[:, None], max(1, 2**25 // (len(y) * len(images)))
+            for q in torch.arange(len(xt), device=xt.device).split(rows):
+                a_, s_ = a[q, :, 0, 0], s[q, :, 0, 0]
+                weight = ((patches(x[q], i) @ y.mT - 0.5 * a_ * y2) * (a_ / s_**2)).softmax(2)
+                x0[q, :, i] = (weight @ center).permute(1, 2, 0)                # (q, C, W)
         return x0 + mean
     return estimate
 
 
-def per_class(process, make, images, labels):
-    """net(xt, t, labels) of an estimate = make(images) for each class: f(xt, a, s) -> x0.
+def per_class(make, process, images, labels):
+    """net(xt, t, labels) of the estimates make(images of a class): f(xt, a, s) -> x0.
 
-    One for all where labels is None; a class of fewer than two images takes that of all, too.
+    A class of fewer than two images takes all images.
     """
     @functools.cache
     def estimate(k):
-        own = slice(None) if k is None else labels == k
-        return make(images[own] if len(images[own]) > 1 else images)
+        return make(images[labels == k] if (labels == k).sum() > 1 else images)
 
-    def net(xt, t, wanted=None):
+    def net(xt, t, wanted):
         (a, s), x0 = process.schedule(t), torch.empty_like(xt)
-        for k in [None] if labels is None else wanted.unique().tolist():
-            rows = slice(None) if k is None else wanted == k
+        for k in wanted.unique().tolist():
+            rows = wanted == k
             x0[rows] = estimate(k)(xt[rows], a[rows], s[rows])
         return process.prediction(xt, x0, t)
     return net
 
 
-def reference_nets(process, known, other, patch):
-    """The four known denoisers as nets (xt, t, labels), of its class where the model has classes.
-
-    known, other: (images float (n, C, S, S), labels or None) of the training subset, and of others
-    that stand in for the population.
-    """
-    return {"memorizer": memorizer(process, *known),
-            "gaussian": per_class(process, gaussian, *known),
-            "local": per_class(process, functools.partial(local, patch=patch), *known),
-            "population": memorizer(process, *other)}
-
-
 def x0_of(net, process, xt, t, labels):
     """What a net takes for x0, (n, C, H, W); clamped where sampling clamps it."""
-    x0 = torch.cat([process.x0_eps(x, net(x, u, None if labels is None else k), u)[0]
-                    for x, u, k in zip(xt.split(256), t.split(256), (
-                        t if labels is None else labels).split(256), strict=True)])
+    x0 = torch.cat([process.x0_eps(x, net(x, u, k), u)[0] for x, u, k in zip(
+        xt.split(256), t.split(256), labels.split(256), strict=True)])
     return x0.clamp(-1, 1) if process.clip else x0
 
 
 def noised(process, x0, labels):
     """(xt, t, labels): images (n, C, S, S) at the middle of each level of t, most noise first."""
-    t = sampling_times(process, 2 * LEVELS)[1::2].to(x0.device).repeat_interleave(len(x0))
+    t = sample.sampling_times(process, 2 * LEVELS)[1::2].to(x0.device).repeat_interleave(len(x0))
     x0 = x0.repeat(LEVELS, 1, 1, 1)
     eps = torch.randn(x0.shape, generator=generator("cpu", "denoisers")).to(x0.device)
-    return q_sample(process, x0, t, eps), t, None if labels is None else labels.repeat(LEVELS)
+    return train.q_sample(process, x0, t, eps), t, labels.repeat(LEVELS)
 
 
-def on_path(net, process, shape, labels, device):
+def on_path(net, process, shape, labels):
     """(xt, t, labels) as noised gives them, of points on the net's own way from noise to image."""
     seen = []
 
     def watched(xt, t, wanted):
         seen.append((xt, t))
         return net(xt, t, wanted)
-    sample(watched, process, shape, [(0, i) for i in range(INPUTS)], 2 * LEVELS, clip=process.clip,
-           labels=labels, device=device)
+    sample.sample(watched, process, shape, [(0, i) for i in range(len(labels))], 2 * LEVELS,
+           clip=process.clip, labels=labels, device=labels.device)
     xt, t = (torch.cat(part) for part in zip(*seen[1::2], strict=True))
-    return xt, t, None if labels is None else labels.repeat(LEVELS)
+    return xt, t, labels.repeat(LEVELS)
+
+
+def denoiser_study(process, data, patch):
+    """A function net -> rows of denoisers.csv: how far its x0 is from that of known denoisers.
+
+    data: (images uint8, labels) of the training subset and of the held-out images, labels all 0
+    where the model has no classes; else each reference is that of the class. The population's
+    stand-in is the held-out images that are no inputs. rms over numbers in [-1, 1].
+    """
+    (images, labels), (other, other_labels) = ((to_float(x).contiguous(), k) for x, k in data)
+    seen = torch.isin(other_labels, labels)         # what the model has a class for
+    other, other_labels = other[seen], other_labels[seen]
+    m = min(INPUTS, len(other) // 2)
+    known = process, images, labels
+    references = {"memorizer": sample.memorizer(*known), "gaussian": per_class(gaussian, *known),
+                  "local": per_class(functools.partial(local, patch=patch), *known),
+                  "population": sample.memorizer(process, other[m:], other_labels[m:])}
+    fixed = {"heldout": noised(process, other[:m], other_labels[:m]),
+             "training": noised(process, images[:INPUTS], labels[:INPUTS])}
+    expected = functools.cache(lambda kind, name: x0_of(references[name], process, *fixed[kind]))
+    classes = labels.unique()
+    wanted = classes[torch.arange(INPUTS, device=labels.device) % len(classes)]
+
+    def rows_of(net):
+        rows, path = [], on_path(net, process, images.shape[1:], wanted)
+        for kind, points in {"path": path, **fixed}.items():
+            own = x0_of(net, process, *points)
+            for name, reference in references.items():
+                x0 = (expected(kind, name) if kind in fixed
+                      else x0_of(reference, process, *points))
+                rms = (own - x0).square().mean((1, 2, 3)).sqrt().reshape(LEVELS, -1).flip(0)
+                for level, values in enumerate(rms):
+                    low, median, high = values.quantile(values.new_tensor([.25, .5, .75])).tolist()
+                    rows.append({"level": level, "t": (level + 0.5) / LEVELS, "inputs": kind,
+                                 "reference": name, "median": median, "low": low, "high": high})
+        return rows
+    return rows_of
 
 
 @torch.inference_mode()
 def measure_denoisers(args, record, device):
-    """denoisers.csv: how far the x0 of each snapshot's averaged weights is from each reference's.
-
-    A row per step, level, kind of input and reference: median and quartiles over the inputs of the
-    distance, rms over numbers in [-1, 1].
-    """
-    run, process, steps = args.run, PROCESSES[record["options"]["process"]], snapshots(args.run)
+    """denoisers.csv: denoiser_study of the averaged weights of every snapshot that is not done."""
+    run, process = args.run, train.PROCESSES[record["options"]["process"]]
+    steps = sample.snapshots(run)
     if not steps:
         raise InputError(f"{run}: has no snapshots; train it first")
     table = read_table(run / "denoisers.csv")
-    data = data_on(device, load_subset(run, record, args.data), record["classes"])
-    (images, labels), (other, other_labels) = ((to_float(x).contiguous(), k)
-                                               for x, k in data.values())
-    if labels is not None:          # a class that the model has never seen is no question to it
-        seen = torch.isin(other_labels, labels)
-        other, other_labels = other[seen], other_labels[seen]
-    m = min(INPUTS, len(other) // 2)
-
-    def cut(part, x, k):
-        return x[part], None if k is None else k[part]
-    references = reference_nets(process, (images, labels),
-                                cut(slice(m, None), other, other_labels), args.patch)
-    fixed = {"heldout": noised(process, *cut(slice(m), other, other_labels)),
-             "training": noised(process, *cut(slice(INPUTS), images, labels))}
-    known = functools.cache(lambda kind, name: x0_of(references[name], process, *fixed[kind]))
-    wanted = None if labels is None else torch.tensor(
-        [record["labels"][i % len(record["labels"])] for i in range(INPUTS)], device=device)
-    net = load_net(run, record, device)
-    code = source(measure_denoisers) + fingerprint(process) + identity(record) + str(args.patch)
+    data = train.data_on(device, train.load_subset(run, record, args.data), classes=True).values()
+    rows_of = denoiser_study(process, [(x, k if record["classes"] else 0 * k) for x, k in data],
+                             args.patch)
+    net = sample.load_net(run, record, device)
     for step in steps:
-        made_of = hashlib.sha256((run / f"snapshots/{step:07d}.pt").read_bytes() + code.encode())
-        made_of = made_of.hexdigest()[:8]
-        if [row["made_of"] for row in table.get(("", step), [])] == [made_of] * 120:
+        made_of = digest_of((run / f"snapshots/{step:07d}.pt").read_bytes(), train.identity(record),
+                            source(denoiser_study), args.patch)[:8]
+        if [row.get("made_of") for row in table.get(("", step), [])] == [made_of] * 12 * LEVELS:
             continue
-        load_ema(net, run, record, step)
-        table["", step] = []
-        path = on_path(net, process, images.shape[1:], wanted, device)
-        for kind, points in {"path": path, **fixed}.items():
-            own = x0_of(net, process, *points)
-            for name, reference in references.items():
-                x0 = known(kind, name) if kind in fixed else x0_of(reference, process, *points)
-                rms = (own - x0).square().mean((1, 2, 3)).sqrt().reshape(LEVELS, -1)
-                for level, values in enumerate(rms.flip(0)):
-                    low, median, high = values.quantile(values.new_tensor([0.25, 0.5, 0.75]))
-                    table["", step].append({
-                        "set": "", "step": step, "level": level, "t": (level + 0.5) / LEVELS,
-                        "inputs": kind, "reference": name, "median": float(median),
-                        "low": float(low), "high": float(high), "made_of": made_of})
-        write_table(run / "denoisers.csv", [row for k in sorted(table) for row in table[k]])
-        print(f"step {step:7d}  ...", flush=True)
+        sample.load_ema(net, run, record, step)
+        table["", step] = [{"set": "", "step": step, **row, "made_of": made_of}
+                           for row in rows_of(net)]
+        write_table(run / "denoisers.csv", [row for key in sorted(table) for row in table[key]])
+        print(f"{run}/denoisers.csv: step {step}", flush=True)
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -954,10 +932,10 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", type=Path, help="run folder, trained and sampled")
-    p.add_argument("--features", help="space of FID, KID, sliced Wasserstein, precision and recall: "
-                   "inception, pixels, or a file of torch.export (.pt2) or TorchScript, (B, 3, H, "
-                   "W) in [0, 1] to (B, D); a file runs what its maker put in, so only trusted ones "
-                   "(inception for coloured pictures of 32 pixels or more that are not toys)")
+    p.add_argument("--features", help="space of FID, KID, SW, precision and recall: inception, "
+                   "pixels, or a network (B, 3, H, W) in [0, 1] -> (B, D), saved by torch.export "
+                   "(.pt2) or as TorchScript: it runs what its maker put in, so only a trusted one "
+                   "(inception for colour pictures of 32 pixels or more but toys, else pixels)")
     p.add_argument("--weights", help="file of the FID Inception weights (downloaded)")
     p.add_argument("--sscd", help="file of an SSCD model, like --features': adds the study's score")
     p.add_argument("--denoisers", action="store_true", help="which known denoiser does the network "
@@ -980,17 +958,17 @@ def parse(argv):
     return args
 
 
-@command_line
+@train.command_line
 def main(argv=None):
     """Measure whatever is not done. Raises SystemExit(2) on bad input."""
     args = parse(argv)
-    record, device = read_run(args.run), pick_device(args.device)
+    record, device = train.read_run(args.run), train.pick_device(args.device)
     size, _, channels = record["image_shape"]
     small = record["options"]["data"] == "toy" or size < 32 or channels < 3
     args.features = args.features or ("pixels" if small else "inception")
     torch.set_float32_matmul_precision("highest")               # no TF32: distances are small
     torch.backends.cudnn.allow_tf32 = False
-    with locked(args.run, "measure", "*.csv", "neighbours/*", "neighbours/*/*"):
+    with train.locked(args.run, "measure", "*.csv", "neighbours/*", "neighbours/*/*"):
         stage = measure_twin if args.twin else measure_denoisers if args.denoisers else measure
         stage(args, record, device)
 
@@ -1012,44 +990,39 @@ def plant(images):
                       "recoloured": back(x * (1 + 0.4 * gain) + 0.4 * shift)}
 
 
-def planted_rows(make, subset):
+def planted_rows(subset):
     """What each measure of copying catches: a row per kind of planted copy, and held-out images."""
     rows = []
     for name, images in (plant(subset.train[:1024])
                          | {"held-out images": subset.heldout[:1024]}).items():
-        c = make(images)
+        c = Context(images, subset)
         found = {k: v for k, v in (copying(c) | similarity(c)).items() if "_ratio" in k}
         rows.append({"planted": name, **found, "not_authentic": 1 - authenticity(c)["auth_share"]})
     return rows
 
 
-def agreement(x, y, own, other):
-    """Whether two samples (n, D) are nearer to each other than either is (own, other: (n,)) to its
-    nearest training image: what copying alone cannot bring about (Kadkhodaie, figure 2)."""
-    return (x.double() - y.double()).norm(dim=1) < torch.minimum(own, other)
-
-
 def twin_row(images, twins, subset, twin_subset, shift=1):
     """How two models trained on disjoint images agree on the same noise, as columns.
 
-    images, twins uint8 (n, S, S, C), sample i of each from the same noise. agreement: the share of
-    pairs that agree; null_agreement: of pairs from different noise (sample i with i + shift, a
-    multiple of the number of classes). Distances are rms over numbers in [-1, 1].
+    images, twins uint8 (n, S, S, C), sample i of each from the same noise. Two samples agree if
+    they are nearer to each other than either is to its nearest training image, which copying alone
+    cannot bring about (Kadkhodaie, figure 2). null_agreement: of sample i and i + shift, from
+    different noise; shift: the number of classes. Distances are rms over numbers in [-1, 1].
     """
-    x, y = pixel_features(images), pixel_features(twins)
-    own, other = (s.nearest(i)["distances"][:, 0]
-                  for s, i in ((subset, images), (twin_subset, twins)))
-    found, null = share("", agreement(x, y, own, other)), math.nan
-    if shift < len(x):
-        null = float(agreement(x[shift:], y[:-shift], own[shift:], other[:-shift]).double().mean())
-    between, scale = (x.double() - y.double()).norm(dim=1), x.shape[1] ** -0.5
-    return {"samples": len(x), "agreement": found["_ratio"], "agreement_low": found["_low"],
-            "agreement_high": found["_high"], "null_agreement": null,
-            "twin_rms": float(between.median()) * scale,
-            "nearest_train_rms": float(own.median()) * scale,
-            "twin_nearest_train_rms": float(other.median()) * scale,
-            "copy_ratio": float((copy_ratios(subset.nearest(images)["distances"])
-                                 < THRESHOLDS[""]).double().mean())}
+    x, y = (pixel_features(v).double() for v in (images, twins))
+    (own, other), scale = (s.nearest(i)[0] for s, i in ((subset, images), (twin_subset, twins))), \
+        x.shape[1] ** -0.5
+
+    def agree(k):
+        between = (x[k:] - y[:len(y) - k]).norm(dim=1)
+        return between < torch.minimum(own[k:, 0], other[:len(y) - k, 0])
+    row = share("agreement", agree(0))
+    row = {"samples": len(x), "agreement": row.pop("agreement_ratio"), **row,
+           "null_agreement": float(agree(shift).double().mean())}
+    for name, d in (("twin_rms", (x - y).norm(dim=1)), ("nearest_train_rms", own[:, 0]),
+                    ("twin_nearest_train_rms", other[:, 0])):
+        row[name] = float(d.median()) * scale
+    return row | {"copy_ratio": share("", copy_ratios(own) < THRESHOLDS[""])["_ratio"]}
 
 
 @torch.inference_mode()
@@ -1058,34 +1031,32 @@ def measure_twin(args, record, device):
 
     Raises InputError where the runs share images, or have no samples with the same settings.
     """
-    twin, other = args.twin, read_run(args.twin)
-    sets, twin_sets = sample_sets(args.run), sample_sets(twin)
-    name = min(sets.keys() & twin_sets.keys(), default="")
-    steps = sorted({*sets.get(name, ())} & {*twin_sets.get(name, ())})
+    runs = [(args, record), (argparse.Namespace(**vars(args) | {"run": args.twin}),
+                             train.read_run(args.twin))]
+    sets = [sample.sample_sets(a.run) for a, _ in runs]
+    name = min(set.intersection(*map(set, sets)), default="")
+    steps = sorted(set.intersection(*(set(s.get(name, ())) for s in sets)))
     if not steps:
-        raise InputError(f"--twin {twin}: no step has samples in both runs")
-    twin_args = argparse.Namespace(**vars(args) | {"run": twin})
-    data, other_data = (load_subset(a.run, r, args.data)
-                        for a, r in ((args, record), (twin_args, other)))
-    shared = set.intersection(*({x.tobytes() for x in d.train_images} for d in (data, other_data)))
+        raise InputError(f"--twin {args.twin}: no step has samples in both runs")
+    data = [train.load_subset(a.run, r, args.data) for a, r in runs]
+    shared = set.intersection(*({x.tobytes() for x in d.train_images} for d in data))
     if shared:
-        raise InputError(f"--twin {twin}: the two training sets share {len(shared)} images; train "
-                         f"one with --offset {record['options']['n']}")
+        raise InputError(f"--twin {args.twin}: the two training sets share {len(shared)} images; "
+                         f"train one with --offset {record['options']['n']}")
     subsets = [Subset(d, r["options"]["flip"], device)
-               for d, r in ((data, record), (other_data, other))]
+               for d, (_, r) in zip(data, runs, strict=True)]
     rows = []
     for step in steps:
-        (images, found, _), (twins, twin_found, _) = (
-            open_samples(a, r, device, name, step) for a, r in ((args, record), (twin_args, other)))
-        if found.settings != twin_found.settings:
-            raise InputError(f"--twin {twin}: its samples of step {step} have other settings")
-        count = min(len(images), len(twins))
-        rows.append({"step": step, **twin_row(images[:count], twins[:count], *subsets,
-                                              shift=max(1, len(record["labels"])))})
-    write_csv(args.run / f"twin_{twin.name}.csv", rows)
-    print(f"{args.run}/twin_{twin.name}.csv: {len(rows)} steps; at the last, agreement "
-          f"{rows[-1]['agreement']:.3f} (mismatched pairs {rows[-1]['null_agreement']:.3f})",
-          flush=True)
+        both = [open_samples(a, r, device, name, step) for a, r in runs]
+        if both[0][1].settings != both[1][1].settings:
+            raise InputError(f"--twin {args.twin}: its samples of step {step} have other settings")
+        count = min(len(images) for images, _, _ in both)
+        rows.append({"step": step, **twin_row(*(images[:count] for images, _, _ in both), *subsets,
+                                              len(record["labels"]) if record["classes"] else 1)})
+    path = args.run / f"twin_{args.twin.name}.csv"
+    write_csv(path, rows)
+    print(f"{path}: {len(rows)} steps; at the last, agreement {rows[-1]['agreement']:.3f}, of "
+          f"pairs from different noise {rows[-1]['null_agreement']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

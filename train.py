@@ -1,15 +1,12 @@
 """Train one diffusion model on the first n images of a data set, until it copies them.
 
-    # real digits on a CPU, 2 minutes
     python train.py --data digits --n 64 --process flow --conditional --width 32 --mults 1 2 \
-                    --blocks 1 --embed 128 --lr 1e-3 --steps 1500
-    # CIFAR-10 on any GPU
-    python train.py --data cifar10 --n 2048 --width 32 --batch 64 --steps 20000
-    # the study
+                    --blocks 1 --embed 128 --lr 1e-3 --steps 1500       # real digits, a CPU, 2 min
+    python train.py --data cifar10 --n 2048 --width 32 --batch 64 --steps 20000     # any GPU
     python train.py --data cifar10 --n 2048 --process flow --conditional --weighting sigmoid
 
-A run killed at any moment and started again with the same command ends with the same bits.
-Read down to the line of equal signs: the loss, the U-Net, what is random, the loop.
+The last one is the study's. A run killed at any moment and started again with the same command ends
+with the same bits. Read down to the line of equal signs: loss, U-Net, what is random, the loop.
 
 The study: Marion & Wu, arXiv 2605.06077. Equations: "Ho" is arXiv 2006.11239 (DDPM), "Liu" arXiv
 2209.03003 (rectified flow), "Salimans" 2202.00512 (v), "Hoogeboom" 2410.19324 (SiD2).
@@ -70,8 +67,7 @@ class Process(NamedTuple):
     schedule(t) -> a, s: the shares of image and noise in xt = a x0 + s eps, for t (B,) in [0, 1].
     predicts(a, s) -> c, d: the network predicts c x0 + d eps.
     T: the number of discrete times k/T, k = 1 .. T; 0 where time is continuous.
-    clip: whether sample.py clamps x0 to [-1, 1] at each step, unless told otherwise. Needed where
-    the prediction at t = 1 says little of x0 (a / s near 0 and eps predicted).
+    clip: whether sample.py clamps x0 to [-1, 1]: needed where eps is predicted, a(1) near 0.
     """
     schedule: Callable
     predicts: Callable
@@ -169,9 +165,7 @@ def double(x):
 
 
 class Block(nn.Module):
-    """Residual block: two convolutions, the second modulated by the embedding; may halve or double
-    the picture.
-    """
+    """Residual block: two convolutions, between them the embedding; may halve or double x."""
 
     def __init__(self, i, o, embed, resample=None):
         super().__init__()
@@ -197,9 +191,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels in heads of 64 channels or fewer; q and k are normalised, with
-    one learned scale.
-    """
+    """Self-attention over the pixels, heads of 64 channels or fewer; q, k normalised, one scale."""
 
     def __init__(self, d):
         super().__init__()
@@ -248,10 +240,9 @@ class UNet(nn.Module):
     at width 16 / 32 / 64 / 128 / 192 with 10 classes.
 
     width: channels of the first level; mults: the levels' multiples of it; blocks: residual blocks
-    per level; attention: the levels with self-attention (0 is full size; default: all but level 0;
-    the middle always has it); embed: size of the noise and class embedding; classes: 0 for an
-    unconditional model; channels, size: of the images.
-    Raises InputError, naming the flag, on impossible sizes.
+    per level; attention: the levels with self-attention (default: all but 0, the full size; the
+    middle always has it); embed: size of the noise and class embedding; classes: 0 for an
+    unconditional model; channels, size: of the images. Raises InputError on impossible sizes.
     """
 
     def __init__(self, width=128, mults=(1, 2, 4), blocks=3, attention=None, embed=512, classes=0,
@@ -325,8 +316,7 @@ def _permutation(n, seed, epoch, device):
 
 
 def batch_indices(n, batch, seed, step, device="cpu"):
-    """The indices of the images of step 1, 2, ...: (batch,) int64; an epoch visits each image once.
-    """
+    """The images of step 1, 2, ..., indices int64 (batch,); an epoch visits each image once."""
     first = (step - 1) * batch
     epochs = range(first // n, (first + batch - 1) // n + 1)
     order = torch.cat([_permutation(n, seed, epoch, device) for epoch in epochs])
@@ -347,8 +337,7 @@ def step_noise(process, shape, seed, step, device="cpu"):
 def train(args, record, out, data, net, device, rank=0, world=1):
     """Train `net` on `data` from the last checkpoint in `out`, or from the start, to args.steps.
 
-    record: what describe() says of the run. Of `world` processes each takes its share of every
-    batch; the first one evaluates and writes.
+    Of `world` processes each takes its share of every batch; the first one evaluates and writes.
     """
     state = set_up(args, record, out, net, device, rank)
     if state.step == args.steps:
@@ -356,7 +345,8 @@ def train(args, record, out, data, net, device, rank=0, world=1):
     splits = data_on(device, data, net.classes)
     model = wrap(net, args, device, world)
     evaluations = evaluation_steps(args.steps, args.evals_per_doubling, args.first_eval)
-    meter, bar = Meter(device), progress_bar(args, state.step, rank)
+    meter, bar = Meter(device), tqdm(total=args.steps * args.batch, unit="img", unit_scale=True,
+                                     initial=state.step * args.batch, disable=rank > 0 or None)
     say(rank, f"{out}: {sum(p.numel() for p in net.parameters()):,} parameters, {args.n} images, "
               f"on {world} x {device.type}, steps {state.step} to {args.steps}")
     resumed = time.monotonic()
@@ -375,27 +365,13 @@ def train(args, record, out, data, net, device, rank=0, world=1):
             lap = time.monotonic() - resumed
             rate = (step - state.step) * args.batch / lap
             state.step, state.seconds = step, state.seconds + lap
-            if rank == 0:                           # the others wait for it in the next step
-                bar.write(save_and_evaluate(state, splits, args, out, rate) if due
-                          else state.save(out) or f"step {step:7d}  saved")
+            if rank == 0 and due:                   # the others wait for it in the next step
+                bar.write(save_and_evaluate(state, splits, args, out, rate))
+            elif rank == 0:
+                state.save(out)
             resumed = time.monotonic()
     bar.close()
     say(rank, f"next: python sample.py {out}")
-
-
-def set_up(args, record, out, net, device, rank=0):
-    """The State to start from: network, its moving average, optimizer, and how far they are."""
-    if device.type == "cuda":
-        setup_cuda()
-    net.to(device, memory_format=torch.channels_last).train()
-    average = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
-    state = State(net, average, optimizer, scaler, identity(record))
-    state.load(out, args.steps)
-    if rank == 0:
-        state.announce(out, record)
-    return state
 
 
 def training_loss(model, split, args, step, rank=0, world=1):
@@ -446,6 +422,21 @@ def save_and_evaluate(state, splits, args, out, rate):
 # ==================================================================================================
 # Machinery. A reader who came for the idea can stop here.
 # ==================================================================================================
+
+
+def set_up(args, record, out, net, device, rank=0):
+    """The State to start from: network, its moving average, optimizer, and how far they are."""
+    if device.type == "cuda":
+        setup_cuda()
+    net.to(device, memory_format=torch.channels_last).train()
+    average = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
+    state = State(net, average, optimizer, scaler, identity(record))
+    state.load(out, args.steps)
+    if rank == 0:
+        state.announce(out, record)
+    return state
 
 
 @torch.inference_mode()
@@ -1134,12 +1125,6 @@ def setup_cuda():
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
-
-
-def progress_bar(args, step, rank):
-    """A bar of the images seen, for the first process on a terminal."""
-    return tqdm(total=args.steps * args.batch, initial=step * args.batch, unit="img",
-                unit_scale=True, disable=True if rank else None)
 
 
 def say(rank, text):
