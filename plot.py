@@ -1,22 +1,17 @@
-"""Draw the study's figures and test its claims, from the files in the run folders alone.
+"""Draw the study's figures and test its claims, from the tables in the run folders alone.
 
-    python plot.py runs/toy         # a sweep: figures and tables into runs/toy/figures
-    python plot.py runs/            # every sweep below
-    python plot.py runs/toy/N16_w32_B16_lr2e-3_s0       # one run
-
-Writes for each run run_NAME.png (four panels), samples_NAME.png, levels_NAME.png (loss by noise
-level) and ratios_NAME.png (the whole curve of d1/d2); for each factor swept sweep_, tau_ and
-novelty_{n,width,batch,lr}.png; and summary.csv (a row a run) and claims.md (the study's claims).
-
-Definitions. tau_mem, the step at which memorization starts, is given by five: the lowest held-out
-loss; held-out loss 25 % above its lowest; copy ratio .01, .1 and .5. Each is interpolated between
-evaluations in log step, with a 95 % interval (see tau_intervals); ">X": not reached by step X.
-The memorization rate is the slope of the copy ratio, from .02 to .9, a doubling of the step. Best
-fidelity is the lowest sliced Wasserstein distance to held-out images up to copy ratio .01.
+    python plot.py runs/toy                         # a sweep: figures, tables in runs/toy/figures
+    python plot.py runs/                            # every sweep below
+    python plot.py runs/toy/N16_w32_B16_lr2e-3_s0   # one run: what it shows, in a few lines
+    python plot.py results/mini                     # a sweep again, from its runs.csv alone
+    python plot.py --paper                          # the study's own curves, judged the same way
 """
 
 import argparse
+import collections
 import csv
+import functools
+import hashlib
 import io
 import json
 import math
@@ -36,17 +31,19 @@ mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.righ
                      "legend.frameon": False, "figure.constrained_layout.use": True,
                      "savefig.dpi": 160})
 
-FACTORS = {"n": "training images N", "width": "base width", "batch": "batch size B",
-           "lr": "learning rate"}
-# Normalised time T = step * factor, for each sweep; the study gives none for model size.
-NORMALISED = {"n": lambda v, low: low / v, "batch": lambda v, low: v / low,
-              "lr": lambda v, low: v / low}
-TAUS = {"heldout_min": "held-out loss lowest", "heldout_25": "held-out loss 25 % up",
-        "copy_01": "copy ratio .01", "copy_10": "copy ratio .1", "copy_50": "copy ratio .5"}
-COPY_LEVELS = {"copy_01": 0.01, "copy_10": 0.1, "copy_50": 0.5}
-LOWEST_LOSS = 1e-4          # where the axes of the loss by noise level end
-NOT_CONFIG = {*FACTORS, "seed", "steps", "images", "out", "device", "compile", "amp",
-              "save_minutes"}
+STUDY = Path(__file__).parent / "assets/paper_curves.csv"   # digitised from the study's figures
+STUDY_COLUMNS = {"copy_score": "copy_ratio", **{f"{d}_{s}": f"{d}_inception_{s}" for d in (
+    "sw", "fid") for s in ("train", "heldout")}}
+# Options that do not make another run; args.json says so itself since it has an entry "free".
+FREE = {"out", "steps", "images", "device", "compile", "save_minutes"}
+
+Factor = collections.namedtuple("Factor", "label short formula normalised")
+# What is known of a factor: T = step * normalised(value, lowest value) is the study's normalised
+# time. Any other option can be swept as well; see factor_of.
+FACTORS = {"n": Factor("training images N", "N", "step x N_min / N", lambda v, low: low / v),
+           "width": Factor("base width", "width", None, None),
+           "batch": Factor("batch size B", "B", "step x B / B_min", lambda v, low: v / low),
+           "lr": Factor("learning rate", "lr", "step x lr / lr_min", lambda v, low: v / low)}
 
 # --------------------------------------------------------------------------------------------------
 # Reading
@@ -57,13 +54,16 @@ class PlotError(Exception):
     """Something the user gave is wrong; the message is one line."""
 
 
-def read_columns(path):
-    """A CSV file as {column: float array}, nan where a cell is empty or no number; {} if absent."""
+def read_rows(path):
+    """A CSV file as a list of {column: text}; [] if absent. Raises PlotError where it is none."""
     if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {key: np.array([number(row[key]) for row in rows]) for key in (rows[0] if rows else {})}
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise PlotError(f"{path}: not readable ({error})") from None
+    return [{k: v or "" for k, v in row.items() if k is not None} for row in rows]
 
 
 def number(text):
@@ -74,64 +74,277 @@ def number(text):
         return math.nan
 
 
-class Run:
-    """A run folder: its options, log and metrics (columns), and what follows from them."""
-
-    def __init__(self, path):
-        self.path, self.name = path, path.name
+def value_of(cell):
+    """An option as a number, True, False, None or a word; a list as one word."""
+    if isinstance(cell, str):
         try:
-            record = json.loads((path / "args.json").read_text())
-            self.options, self.parameters = record["options"], record["parameters"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise PlotError(f"{path}/args.json: missing or damaged") from None
-        self.log = read_columns(path / "log.csv")
-        self.metrics = read_columns(path / "metrics.csv")
-        self.controls = read_columns(path / "controls.csv")
-        self.space = next((s for s in ("inception", "pixels")
-                           if f"sw_{s}_train" in self.metrics), None)
+            cell = json.loads(cell)
+        except ValueError:
+            return cell
+    return " ".join(map(str, cell)) if isinstance(cell, list) else cell
+
+
+def columns_of(rows, path):
+    """Rows as {column: float array}, by rising step, nan where a cell is no number.
+
+    Of several rows of one step the last counts. Raises PlotError where no row has a step.
+    """
+    by_step = {step: row for row in rows if (step := number(row.get("step"))) >= 0}
+    if rows and not by_step:
+        raise PlotError(f"{path}: no column 'step' with numbers")
+    return {key: np.array([number(by_step[s].get(key)) for s in sorted(by_step)])
+            for key in (rows[0] if rows else {})}
+
+
+class Run:
+    """One run with one set of samples: its options, its curves, and what follows from them.
+
+    name, and stem, its form in file names; path of its folder, None where it comes from a table;
+    set, the name of the sample set; options {name: value}, sampling settings among them as
+    "setting_eta"; log, metrics {column: float array}; controls {name: {column: float}}; tables
+    {stem of a CSV file: its rows}; space, the features that distances are taken in.
+    """
+
+    def __init__(self, name, options, log, metrics, controls=None, tables=None, path=None, set=""):
+        self.name, self.options, self.path, self.set = name, options, path, set
+        self.log, self.metrics = log, metrics
+        self.controls, self.tables = controls or {}, tables or {}
+        self.seed, self.free, self.parameters = options.get("seed", 0), FREE, math.nan
+        found = [c[3:-6] for c in metrics if c.startswith("sw_") and c.endswith("_train")
+                 and not c.startswith("sw_error_")]
+        self.space = min(found, key=lambda s: (s != "inception", s == "pixels", s), default=None)
+        ascii_name = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        self.stem = name if name == ascii_name[:120] else f"{ascii_name[:110]}-{digest}"
 
     def column(self, name):
-        """(steps, values) of a column of log.csv or metrics.csv, finite values only."""
-        name = name.format(space=self.space)
+        """(steps, values) of a column of log.csv or metrics.csv, finite values at steps > 0.
+
+        "SPACE" in the name stands for run.space. Empty where there is no such column.
+        """
+        name = name.replace("SPACE", self.space or "SPACE")
         table = self.log if name in self.log else self.metrics
         if name not in table:
             return np.array([]), np.array([])
-        keep = np.isfinite(table[name])
+        keep = np.isfinite(table[name]) & (table["step"] > 0)
         return table["step"][keep], table[name][keep]
 
+    @functools.cached_property
+    def onsets(self):
+        """{name of TAUS: step}; inf not reached, nan not measured. See onsets_of."""
+        return onsets_of(self)
+
     @property
-    def family(self):
-        """What two runs must share to be compared: every option that is no factor or seed."""
-        return json.dumps({k: v for k, v in sorted(self.options.items()) if k not in NOT_CONFIG})
+    def last_step(self):
+        """The last step in either table; nan without any."""
+        return max((t["step"][-1] for t in (self.log, self.metrics) if t), default=math.nan)
 
-    def factors(self, without=()):
-        """The values of the four factors, as a tuple of pairs."""
-        return tuple((f, self.options[f]) for f in FACTORS if f not in without)
+    def key(self, *without):
+        """What makes this run another run, as a tuple of pairs; seed and free options do not."""
+        return tuple((k, v) for k, v in sorted(self.options.items())
+                     if k not in self.free and k not in ("seed", *without))
 
 
-def find_runs(root):
-    """The runs at or below a folder, grouped: {folder for figures: [Run]}, one family each."""
-    root = Path(root)
+def read_folder(path):
+    """A run folder as a list of Runs, one per set of samples. Raises PlotError where damaged."""
+    try:
+        record = json.loads((path / "args.json").read_text(encoding="utf-8"))
+        options = {k: value_of(v) for k, v in record["options"].items()}
+        defaults = {k: value_of(v) for k, v in record.get("defaults", {}).items()}
+        free, parameters = {*record.get("free", ())}, float(record.get("parameters", "nan"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise PlotError(f"{path}/args.json: missing or damaged") from None
+    log = columns_of(read_rows(path / "log.csv"), path / "log.csv")
+    sets = {}
+    for row in read_rows(path / "metrics.csv"):
+        sets.setdefault(row.get("set", ""), []).append(row)
+    controls = {row.get("name", ""): {k: number(v) for k, v in row.items()}
+                for row in read_rows(path / "controls.csv")}
+    tables = {p.stem: read_rows(p) for p in sorted(path.glob("*.csv"))
+              if p.stem not in ("log", "metrics", "controls")}
+    runs = []
+    for name, rows in sets.items() if sets else [("", [])]:
+        settings = {k: value_of(v) for k, v in rows[0].items()
+                    if k.startswith("setting_") and v} if rows else {}
+        mine = {stem: [r for r in table if r.get("name") or r.get("set", name) == name]
+                for stem, table in tables.items()}
+        run = Run("_".join(filter(None, (path.name, name))), options | settings, log,
+                  columns_of(rows, path / "metrics.csv"), controls, mine, path, name)
+        run.defaults, run.free, run.parameters = defaults, FREE | free, parameters
+        runs.append(run)
+    return runs if log or sets else []
+
+
+def read_table(path, rename=None):
+    """A table with a row per run and step as Runs, one per value of all columns before `step`.
+
+    rename {column: name here}. Beside it, controls.csv, denoisers.csv and so on have a column
+    `run`. Raises PlotError where there is no column `step`.
+    """
+    rows, groups = read_rows(path), {}
+    if not rows or "step" not in rows[0]:
+        raise PlotError(f"{path}: no column 'step'")
+    heads = list(rows[0])[:list(rows[0]).index("step")]
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in heads), []).append(
+            {(rename or {}).get(k, k): v for k, v in row.items() if k not in heads})
+    beside = {p.stem: read_rows(p) for p in sorted(path.parent.glob("*.csv"))} if not rename else {}
+    runs = []
+    for head, lines in groups.items():
+        options = {k: value_of(v) for k, v in zip(heads, head, strict=True)}
+        name, curves = str(options.pop("run", " ".join(head))), columns_of(lines, path)
+        curves = {k: v for k, v in curves.items() if k == "step" or np.isfinite(v).any()}
+        tables = {stem: mine for stem, table in beside.items() if stem not in ("runs", "summary")
+                  and (mine := [r for r in table if r.get("run") == name])}
+        controls = {r["name"]: {k: number(v) for k, v in r.items()}
+                    for r in tables.pop("controls", []) if "name" in r}
+        run = Run(name, options, curves, curves, controls, tables, set=options.pop("set", "") or "")
+        run.parameters = number(options.pop("parameters", math.nan))
+        runs.append(run)
+    return runs
+
+
+def study_runs():
+    """The study's own curves as Runs; what several of its figures show counts as repeats."""
+    runs, seeds = read_table(STUDY, STUDY_COLUMNS), collections.Counter()
+    for run in runs:
+        run.options["figure"] = run.options.pop("factor")
+        run.free, run.name = FREE | {"figure"}, f"study {run.name}"
+        run.seed = run.options["seed"] = seeds[run.key()]
+        seeds[run.key()] += 1
+    return runs
+
+
+def settle(runs):
+    """Give every run the same options: what one lacks, at its default; settings if they matter.
+
+    A sampling setting counts only if runs of differently named sets differ in it: the clipping
+    that a process brings along does not.
+    """
+    defaults, free = {}, set().union(*(run.free for run in runs))
+    for run in runs:
+        defaults = getattr(run, "defaults", {}) | defaults
+    every = sorted({k for run in runs for k in run.options} - free)
+    for name in [k for k in every if k.startswith("setting_")]:
+        by_set = {}
+        for run in runs:
+            by_set.setdefault(run.set, set()).update({run.options[name]} if name in run.options
+                                                     else ())
+        seen = [values for values in by_set.values() if values]
+        if all(values == seen[0] for values in seen):
+            every.remove(name)
+        for run in runs:
+            if name in every and by_set[run.set]:
+                run.options.setdefault(name, min(by_set[run.set], key=str))
+    for run in runs:
+        run.options = {k: run.options.get(k, defaults.get(k)) for k in every}
+        run.free = free
+
+
+def find_runs(root, damaged=None):
+    """The runs at or below a folder, grouped: {folder for figures: [Run]}.
+
+    Run folders, or else tables runs.csv. Runs that no chain of changes of one option connects are
+    put into folders of their own, named by what differs. damaged: a list to which the message of
+    each unreadable run is added; without it such a run raises PlotError.
+    """
+    root, groups = Path(root), {}
     if not root.is_dir():
         raise PlotError(f"{root}: no such folder")
-    paths = [root] if (root / "args.json").exists() else sorted(
-        p.parent for p in root.rglob("args.json"))
-    groups = {}
-    for path in paths:
-        run = Run(path)
-        if run.log:
-            groups.setdefault((path if path == root else path.parent, run.family), []).append(run)
-    if not groups:
+    single = (root / "args.json").exists()
+    paths = [root] if single else sorted(p.parent for p in root.rglob("args.json"))
+    for path in paths or sorted(root.rglob("runs.csv")):
+        folder = (path if single else path.parent) / ("figures" if paths else "")
+        try:
+            found = read_folder(path) if paths else read_table(path)
+            groups.setdefault(folder, []).extend(found)
+        except PlotError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+    result = {}
+    for folder, runs in groups.items():
+        if runs:
+            settle(runs)
+            result |= {folder / name: family for name, family in families(runs).items()}
+    if not result and not damaged:
         raise PlotError(f"{root}: no run with a log.csv below it; train one first")
-    several = {parent for parent, family in groups
-               if sum(p == parent for p, _ in groups) > 1}
-    return {parent / "figures" / (f"family{k}" if parent in several else ""): runs
-            for k, ((parent, _), runs) in enumerate(sorted(groups.items()))}
+    return result
+
+
+def families(runs):
+    """Runs grouped so that each differs from another of its group in one option at most.
+
+    {name: [Run]}: "" for a single group, else what differs between the groups.
+    """
+    groups = []                                    # [(runs, their keys)]
+    for run in runs:
+        linked = [g for g in groups if any(
+            sum(a != b for a, b in zip(run.key(), other.key(), strict=True)) <= 1 for other in g)]
+        groups = [g for g in groups if g not in linked] + [[r for g in linked for r in g] + [run]]
+    if len(groups) == 1:
+        return {"": runs}
+    sets = [{k: sorted({str(r.options[k]) for r in g}) for k, _ in runs[0].key()} for g in groups]
+    differ = [k for k in sets[0] if any(s[k] != sets[0][k] for s in sets)]
+    names = ["_".join(k + "-".join(s[k]) for k in differ) for s in sets]
+    names = ["".join(c if c.isalnum() or c in "._-" else "-" for c in n)[:100] for n in names]
+    return {n if names.count(n) == 1 else f"{n}_{k}": g
+            for k, (n, g) in enumerate(zip(names, groups, strict=True))}
+
+
+class Slice(dict):
+    """{value of a factor: [Run, one per seed]}, all else equal.
+
+    fixed {option: its value here}, of the options that vary elsewhere; others: how many slices
+    there are beside this, the widest.
+    """
+
+    fixed, others = {}, 0
+
+
+def sweeps(runs):
+    """{factor: Slice}: for every option that varies, the widest set of runs where it alone does."""
+    varying = [k for k, v in runs[0].key() if any(r.options[k] != v for r in runs)]
+    found = {}
+    for factor in sorted(varying, key=lambda k: [*FACTORS, k].index(k)):
+        slices = {}
+        for run in runs:
+            values = slices.setdefault(run.key(factor), {})
+            values.setdefault(run.options[factor], []).append(run)
+        several = [v for v in slices.values() if len(v) > 1]
+        if several:
+            widest = max(several, key=lambda v: (len(v), sum(map(len, v.values()))))
+            found[factor] = Slice((v, widest[v]) for v in sorted(
+                widest, key=lambda v: (isinstance(v, str), v is None, str(v) if isinstance(
+                    v, str) else v or 0)))
+            options = next(iter(widest.values()))[0].options
+            found[factor].fixed = {k: options[k] for k in varying if k != factor}
+            found[factor].others = len(several) - 1
+    return found
+
+
+def factor_of(name):
+    """The Factor of an option: from FACTORS, or plain words and no normalised time."""
+    plain = name.removeprefix("setting_").replace("_", " ")
+    return FACTORS.get(name, Factor(plain, plain, None, None))
+
+
+def label_of(factor, value):
+    """N = 2048, B = 16, process = flow, ..."""
+    text = f"{value:g}" if type(value) in (int, float) else value
+    return f"{factor_of(factor).short} = {text}"
 
 
 # --------------------------------------------------------------------------------------------------
-# Onset, rate, fidelity
+# Onset, best fidelity, rate
 # --------------------------------------------------------------------------------------------------
+
+TAUS = {"heldout_min": "held-out loss lowest", "heldout_25": "held-out loss 25 % up",
+        "copy_01": "copy ratio .01", "copy_10": "copy ratio .1", "copy_50": "copy ratio .5",
+        "denoisers": "nearer to the memorizer than to any other denoiser",
+        **{f"level{k}": f"held-out loss lowest, t {k / 10:.1f} to {(k + 1) / 10:.1f}"
+           for k in range(10)}}
+COPY_LEVELS = {"copy_01": 0.01, "copy_10": 0.1, "copy_50": 0.5}     # above the null
 
 
 def crossing(steps, values, level):
@@ -158,42 +371,61 @@ def lowest(steps, values):
     return float(np.exp(x[1] - b / (2 * a))) if a > 0 else float(steps[k])
 
 
-def taus(run):
-    """tau_mem by each definition of TAUS: {name: step}; inf not reached, nan not measured."""
-    steps, loss = run.column("heldout_loss")
-    k = int(np.argmin(loss))
-    found = {"heldout_min": lowest(steps, loss),
-             "heldout_25": crossing(steps[k:], loss[k:], 1.25 * loss[k])}
+def excess(run):
+    """(steps, copy ratio above its null) of a run: shares of its samples."""
     steps, copies = run.column("copy_ratio")
+    _, null = run.column("null_copy_ratio")
+    return steps, copies - (float(np.median(null)) if len(null) else 0)
+
+
+def nearest_denoiser(run):
+    """(steps, mean over noise levels of log(distance to the nearest other / to the memorizer)).
+
+    From denoisers.csv, on the inputs that the sampler meets; above 0 the net is nearer to the exact
+    denoiser of its training images than to any of the others (population, Gaussian, local).
+    """
+    found = {}
+    for row in run.tables.get("denoisers", []):
+        distance, at = number(row.get("median")), (number(row.get("step")), row.get("level"))
+        if row.get("inputs") == "path" and distance >= 0 and at[0] > 0:
+            found.setdefault(at, {})[row.get("reference")] = math.log(max(distance, 1e-12))
+    by_step = {}
+    for (step, _), at in found.items():
+        memorizer = at.pop("memorizer", None)
+        if memorizer is not None and at:
+            by_step.setdefault(step, []).append(min(at.values()) - memorizer)
+    steps = sorted(by_step)
+    return np.array(steps), np.array([np.mean(by_step[s]) for s in steps])
+
+
+def onsets_of(run):
+    """The onset of memorization by each definition of TAUS: {name: step}.
+
+    inf not reached, nan not measured.
+    """
+    found = dict.fromkeys(TAUS, math.nan)
+    for name in ("heldout_min", *(f"level{k}" for k in range(10))):
+        steps, loss = run.column("heldout_loss" + name.replace("heldout_min", "").replace(
+            "level", "_level"))
+        if len(loss):
+            found[name] = lowest(steps, loss)
+    steps, loss = run.column("heldout_loss")
+    if len(loss):
+        k = int(np.argmin(loss))
+        found["heldout_25"] = crossing(steps[k:], loss[k:], 1.25 * loss[k])
+    steps, copies = excess(run)
     for name, level in COPY_LEVELS.items():
         found[name] = crossing(steps, copies, level) if len(steps) else math.nan
+    steps, nearer = nearest_denoiser(run)
+    found["denoisers"] = crossing(steps, nearer, 0.0) if len(steps) else math.nan
     return found
 
 
-def tau_intervals(run, draws=200):
-    """95 % intervals of the onsets: {name: (low, high)}; inf not reached, absent where unknown.
+# --------------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------------
 
-    Of the copy ratios by bootstrap over samples, the same ones at every step, as their noise is the
-    same (so none where the counts differ); of the held-out loss, which has no such error, from the
-    evaluation before to the one after.
-    """
-    steps, loss = run.column("heldout_loss")
-    k = int(np.argmin(loss))
-    found = {"heldout_min": (float(steps[max(k - 1, 0)]),
-                             float(steps[k + 1]) if k + 1 < len(steps) else math.inf)}
-    after = np.flatnonzero(loss[k:] >= 1.25 * loss[k])
-    found["heldout_25"] = ((float(steps[k + after[0] - 1]), float(steps[k + after[0]]))
-                           if len(after) else (math.inf, math.inf))
-    copied = [read_neighbours(file, "ratios") < 1 / 3 for file in snapshot_files(run)]
-    if not copied or len({len(c) for c in copied}) > 1:
-        return found
-    steps, copied = np.array([float(p.stem) for p in snapshot_files(run)]), np.array(copied)
-    generator, n = np.random.default_rng(0), copied.shape[1]
-    curves = [copied[:, generator.integers(0, n, n)].mean(1) for _ in range(draws)]
-    for name, level in COPY_LEVELS.items():
-        onsets = sorted(crossing(steps, curve, level) for curve in curves)
-        found[name] = onsets[round(0.025 * draws)], onsets[round(0.975 * draws) - 1]
-    return found
+LOWEST_LOSS = 1e-4          # where the axes of the loss by noise level end
 
 
 def read_neighbours(file, key):
@@ -207,62 +439,12 @@ def read_neighbours(file, key):
 
 def snapshot_files(run):
     """The neighbours files of a run's snapshots, by step."""
-    return sorted((run.path / "neighbours").glob("[0-9]*.npz"))
-
-
-def memorization_rate(run):
-    """Slope of the copy ratio a doubling of the step, where it is .02 to .9; nan for < 2 points."""
-    steps, copies = run.column("copy_ratio")
-    rising = (copies >= 0.02) & (copies <= 0.9)
-    if rising.sum() < 2:
-        return math.nan
-    return float(np.polyfit(np.log2(steps[rising]), copies[rising], 1)[0])
-
-
-def best_fidelity(run, split="heldout"):
-    """The lowest sliced Wasserstein distance before copy ratio .01: (value, step), or nans."""
-    steps, distance = run.column("sw_{space}_" + split)
-    before = steps <= taus(run)["copy_01"]
-    if not before.any():
-        return math.nan, math.nan
-    k = int(np.argmin(distance[before]))
-    return float(distance[before][k]), float(steps[before][k])
-
-
-def summarize(run):
-    """One row of summary.csv."""
-    def step_text(value, last):
-        return "" if math.isnan(value) else f">{last:.0f}" if math.isinf(value) else f"{value:.0f}"
-    last, metrics = run.log["step"][-1], run.metrics
-    row = {"run": run.name, **dict(run.factors()), "seed": run.options["seed"],
-           "parameters": run.parameters, "last_step": f"{last:.0f}"}
-    intervals = tau_intervals(run)
-    for name, value in taus(run).items():
-        row[f"tau_{name}"] = step_text(value, last)
-        for end, bound in zip(("low", "high"), intervals.get(name, (math.nan,) * 2), strict=True):
-            row[f"tau_{name}_{end}"] = step_text(bound, last)
-    value, step = best_fidelity(run)
-    _, copies = run.column("copy_ratio")
-    null = metrics.get("null_copy_ratio", np.array([math.nan]))[-1]
-    return row | {"memorization_rate": f"{memorization_rate(run):.4g}",
-                  "best_sw_heldout": f"{value:.4g}", "best_sw_step": f"{step:.0f}",
-                  "space": run.space or "", "final_copy_ratio": f"{copies[-1]:.4f}"
-                  if len(copies) else "", "null_copy_ratio": f"{null:.4f}"}
-
-
-# --------------------------------------------------------------------------------------------------
-# Figures
-# --------------------------------------------------------------------------------------------------
+    return sorted((run.path / "neighbours" / run.set).glob("[0-9]*.npz"))
 
 
 def palette(count):
     """`count` colours from dark to light, told apart by colour-blind readers and in grey."""
     return [mpl.colormaps["viridis"](x) for x in np.linspace(0.05, 0.85, max(count, 1))]
-
-
-def label_of(factor, value):
-    """N = 2048, B = 16, ..."""
-    return {"n": "N", "width": "width", "batch": "B", "lr": "lr"}[factor] + f" = {value:g}"
 
 
 def draw(axis, runs, column, scale=1.0, **style):
@@ -281,8 +463,8 @@ def draw(axis, runs, column, scale=1.0, **style):
 
 def four_panels(axes, runs, color, scale=1.0, label=None):
     """Loss, copy ratio with its null, sliced Wasserstein, FID: train solid, held-out dashed."""
-    for axis, column in ((axes[0], "{}_loss"), (axes[2], "sw_{{space}}_{}"),
-                         (axes[3], "fid_{{space}}_{}")):
+    for axis, column in ((axes[0], "{}_loss"), (axes[2], "sw_SPACE_{}"),
+                         (axes[3], "fid_SPACE_{}")):
         draw(axis, runs, column.format("train"), scale, color=color, label=label)
         draw(axis, runs, column.format("heldout"), scale, color=color, linestyle="--")
     draw(axes[1], runs, "copy_ratio", scale, color=color, label=label)
@@ -304,7 +486,7 @@ def log_ticks(axis):
 
 def dress(axes, space, xlabel):
     """Titles, scales and labels of a row of four panels."""
-    unit = {"inception": "Inception features", "pixels": "pixels", None: "not measured"}[space]
+    unit = {"inception": "Inception features", None: "not measured"}.get(space, space)
     for axis, title, scale in zip(axes, (
             "loss", "copy ratio (d1/d2 < 1/3)", f"sliced Wasserstein, {unit}", f"FID, {unit}"),
             ("log", "linear", "log", "log"), strict=True):
@@ -328,7 +510,7 @@ def plot_run(run, path):
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), sharex=True)
     four_panels(axes, [run], "C0")
     dress(axes, run.space, "step")
-    onset = taus(run)
+    onset = run.onsets
     for axis in axes:
         for name, style in (("heldout_min", (0, (1, 1))), ("copy_01", (0, (5, 2)))):
             if math.isfinite(onset[name]):
@@ -341,14 +523,14 @@ def plot_run(run, path):
 
 def plot_sweep(factor, groups, path):
     """Four panels of a sweep, a colour a value: against raw steps and, below, normalised time."""
-    rows = 2 if factor in NORMALISED else 1
+    rows = 2 if factor in FACTORS and FACTORS[factor].normalised else 1
     figure, axes = plt.subplots(rows, 4, figsize=(13, 3.1 * rows), squeeze=False, sharey="col")
     colors = palette(len(groups))
     space = next((run.space for runs in groups.values() for run in runs if run.space), None)
     for color, (value, runs) in zip(colors, groups.items(), strict=True):
         four_panels(axes[0], runs, color)
         if rows == 2:
-            scale = NORMALISED[factor](value, min(groups))
+            scale = FACTORS[factor].normalised(value, min(groups))
             four_panels(axes[1], runs, color, scale)
     dress(axes[0], space, "step")
     if rows == 2:
@@ -438,12 +620,12 @@ def plot_ratios(run, path, columns=6):
 
 def plot_tau(factor, groups, path):
     """tau_mem by each definition against the factor, with log-log fits; not drawn if none known."""
-    onsets = [tau for runs in groups.values() for run in runs for tau in taus(run).values()]
+    onsets = [tau for runs in groups.values() for run in runs for tau in run.onsets.values()]
     if not np.isfinite(onsets).any():
         return
     figure, axis = plt.subplots(figsize=(7, 3.8))
-    for color, marker, (name, text) in zip(palette(len(TAUS)), "os^Dv", TAUS.items(), strict=True):
-        points = [(value, taus(run)[name]) for value, runs in groups.items() for run in runs]
+    for color, marker, (name, text) in zip(palette(5), "os^Dv", TAUS.items(), strict=False):
+        points = [(value, run.onsets[name]) for value, runs in groups.items() for run in runs]
         points = np.array([p for p in points if math.isfinite(p[1])])
         if not len(points):
             continue
@@ -457,7 +639,7 @@ def plot_tau(factor, groups, path):
     axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
     axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     log_ticks(axis.yaxis)
-    axis.set(xlabel=FACTORS[factor], ylabel="onset of memorization, step")
+    axis.set(xlabel=factor_of(factor).label, ylabel="onset of memorization, step")
     figure.legend(fontsize=8, loc="outside right center")
     save(figure, path)
 
@@ -468,7 +650,7 @@ def plot_novelty(factor, groups, path):
     space = next((run.space for runs in groups.values() for run in runs if run.space), None)
     for color, (value, runs) in zip(palette(len(groups)), groups.items(), strict=True):
         for k, run in enumerate(runs):
-            (_, copies), (_, distance) = run.column("copy_ratio"), run.column("sw_{space}_heldout")
+            (_, copies), (_, distance) = run.column("copy_ratio"), run.column("sw_SPACE_heldout")
             if len(copies) == len(distance) and len(copies):
                 axis.plot(1 - copies, distance, ".-", color=color, markersize=4,
                           label=None if k else label_of(factor, value))
@@ -497,11 +679,6 @@ def write(path, data):
     os.replace(temporary, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# The study's claims
-# --------------------------------------------------------------------------------------------------
-
-
 def power_law(points):
     """Least-squares line through log-log points (n, 2): (slope, intercept, slope's standard error).
 
@@ -518,184 +695,18 @@ def power_law(points):
     return slope, intercept, error
 
 
-def sweeps(runs):
-    """{factor: {value: [Run, one a seed]}}: the widest set of runs in which one factor varies."""
-    found = {}
-    for factor in FACTORS:
-        sets = {}
-        for run in runs:
-            values = sets.setdefault(run.factors(without=(factor,)), {})
-            values.setdefault(run.options[factor], []).append(run)
-        widest = max(sets.values(), key=lambda v: (len(v), sum(map(len, v.values()))))
-        if len(widest) > 1:
-            found[factor] = dict(sorted(widest.items()))
-    return found
-
-
-def scaling(groups, predicted):
-    """How tau_mem goes with a factor: (text, verdict). Supported: all slopes within .25."""
-    parts, slopes = [], []
-    for name, text in TAUS.items():
-        taken = [(v, taus(run)[name]) for v, runs in groups.items() for run in runs]
-        points = np.array([p for p in taken if math.isfinite(p[1])]).reshape(-1, 2)
-        fit = power_law(points) if len(np.unique(points[:, 0])) >= 3 else None
-        if fit:
-            error = f" ± {fit[2]:.2f}" if fit[2] is not None else ""
-            reached = "" if len(points) == len(taken) else f" ({len(points)} of {len(taken)} runs)"
-            parts.append(f"{text}: {fit[0]:.2f}{error}{reached}")
-            slopes.append(fit[0])
-    if not slopes:
-        return "fewer than three values reached an onset", "not tested"
-    good = [abs(slope - predicted) <= 0.25 for slope in slopes]
-    verdict = "supported" if all(good) else "partly" if any(good) else "not supported"
-    return f"exponents, predicted {predicted:g}: " + "; ".join(parts), verdict
-
-
-def trend(groups, measure, sign, text):
-    """Whether the mean over seeds of measure(run) goes one way (sign) with the factor."""
-    means = [np.nanmean(v) if np.isfinite(v := [measure(run) for run in runs]).any() else math.nan
-             for runs in groups.values()]
-    listed = f"{text} at {', '.join(f'{v:g}' for v in groups)}: " + ", ".join(
-        "-" if math.isnan(m) else f"{m:.3g}" for m in means)
-    finite = np.array([m for m in means if math.isfinite(m)])
-    if len(finite) < 3:
-        return listed, "not tested"
-    steps = np.sign(np.diff(finite))
-    verdict = ("supported" if (steps == sign).all() else
-               "partly" if np.sign(finite[-1] - finite[0]) == sign else "not supported")
-    return listed, verdict
-
-
-def is_double_descent(values, share=0.1):
-    """Whether a curve falls, rises and falls again, each time by at least `share`."""
-    low = np.minimum.accumulate(values)
-    return any(low[j] <= (1 - share) * values[0] and values[j] >= (1 + share) * low[j]
-               and values[j:].min() <= (1 - share) * values[j] for j in range(len(values)))
-
-
-def claim_equal_distances(runs):
-    """Claim 1: the ratio of FID to train and to held-out, before and after the first copies."""
-    before, after = [], []
+def draw_all(runs, found, folder):
+    """All figures of comparable runs and of their sweeps (found, see sweeps) into a folder."""
     for run in runs:
-        steps, train = run.column("fid_{space}_train")
-        _, held = run.column("fid_{space}_heldout")
-        onset = taus(run)["copy_01"]
-        before += list((train / held)[steps <= onset])
-        after += list((train / held)[steps > onset])
-    if not after:
-        return "no run has copies", "not tested"
-    text = "; ".join(f"{name} copy ratio .01: median {np.median(v):.2f}, "
-                     f"{min(v):.2f} to {max(v):.2f}"
-                     for name, v in (("before", before), ("after", after)) if v)
-    return "FID train / FID held-out, " + text, (
-        "supported" if 0.8 <= np.median(after) <= 1.25 else "not supported")
-
-
-def claim_double_descent(runs):
-    """Claim 2: FID and sliced Wasserstein fall, rise, fall, against both splits, in step."""
-    copying = [run for run in runs if math.isfinite(taus(run)["copy_10"])]
-    if not copying:
-        return "no run reaches copy ratio .1", "not tested"
-    counts = {f"{name} {split}": sum(is_double_descent(run.column(f"{key}_{{space}}_{split}")[1])
-                                     for run in copying)
-              for key, name in (("fid", "FID"), ("sw", "SW")) for split in ("train", "heldout")}
-    together = [np.corrcoef(*(np.log(run.column(f"{key}_{{space}}_heldout")[1])
-                              for key in ("fid", "sw")))[0, 1] for run in copying]
-    text = (f"of {len(copying)} runs that reach copy ratio .1: "
-            + ", ".join(f"{k} {v}" for k, v in counts.items())
-            + f"; correlation of log FID and log SW: median {np.median(together):.2f}")
-    share = min(counts.values()) / len(copying)
-    return text, ("supported" if share > 0.5 else
-                  "partly" if any(counts.values()) else "not supported")
-
-
-def claim_gains_before(runs):
-    """Claim 7: is the best held-out fidelity of a run reached before its first copies?"""
-    good, total, seen = 0, 0, []
-    for run in runs:
-        steps, distance = run.column("sw_{space}_heldout")
-        onset = taus(run)["copy_01"]
-        if (steps > onset).any() and (steps <= onset).any():
-            total += 1
-            seen.append(distance[steps > onset].min() / distance[steps <= onset].min())
-            good += seen[-1] >= 1
-    if not total:
-        return "no run has samples before and after its first copies", "not tested"
-    text = (f"lowest SW to held-out after / before copy ratio .01: median {np.median(seen):.2f}, "
-            f"{min(seen):.2f} to {max(seen):.2f}; before is best in {good} of {total} runs")
-    return text, "supported" if good == total else "partly" if good else "not supported"
-
-
-def claims(runs, found):
-    """The study's seven claims: [(number, claim, what these runs show, verdict)]."""
-    def tau(run):
-        return taus(run)["heldout_min"] if math.isfinite(taus(run)["heldout_min"]) else math.nan
-
-    def best(run):
-        return best_fidelity(run)[0]
-    rows = [("1", "Distances to train and held-out stay nearly equal: they do not see copying",
-             *claim_equal_distances(runs)),
-            ("2", "FID and SW show a double descent, against both splits, in step",
-             *claim_double_descent(runs))]
-    plan = [("3a", "n", "Onset is proportional to N", lambda g: scaling(g, 1)),
-            ("3b", "n", "Larger N memorizes more slowly",
-             lambda g: trend(g, memorization_rate, -1, "rate")),
-            ("3c", "n", "Larger N has better best fidelity",
-             lambda g: trend(g, best, -1, "best SW")),
-            ("4a", "width", "Larger models start earlier",
-             lambda g: trend(g, tau, -1, "step of lowest held-out loss")),
-            ("4b", "width", "Larger models have better best fidelity",
-             lambda g: trend(g, best, -1, "best SW")),
-            ("5a", "batch", "Onset, in steps, is proportional to 1/B", lambda g: scaling(g, -1)),
-            ("5b", "batch", "The rate does not depend on B", claim_same_rate),
-            ("5c", "batch", "Smaller B has better best fidelity",
-             lambda g: trend(g, best, 1, "best SW")),
-            ("6a", "lr", "Onset, in steps x lr, comes later at larger lr",
-             lambda g: trend(g, lambda run: tau(run) * run.options["lr"], 1, "tau x lr")),
-            ("6b", "lr", "Larger lr has better best fidelity",
-             lambda g: trend(g, best, -1, "best SW"))]
-    for number_, factor, text, test in plan:
-        shown = test(found[factor]) if factor in found else ("no sweep of it", "not tested")
-        rows.append((number_, text, *shown))
-    rows.append(("7", "All gains in fidelity are made before the onset",
-                 *claim_gains_before(runs)))
-    return rows
-
-
-def claim_same_rate(groups):
-    """Claim 5: the memorization rate at each batch size; supported within a factor of 1.25."""
-    rates = [np.nanmean(r) for runs in groups.values()
-             if np.isfinite(r := [memorization_rate(run) for run in runs]).any()]
-    text = "rate a doubling of the step: " + ", ".join(f"{r:.3f}" for r in rates)
-    if len(rates) < 3:
-        return text, "not tested"
-    return text, "supported" if max(rates) <= 1.25 * min(rates) else "not supported"
-
-
-def with_interval(row, column):
-    """A cell of claims.md: the value, and its interval where the row has one."""
-    low, high = (row.get(f"{column}_{end}", "") for end in ("low", "high"))
-    if low == row[column]:                          # not reached, in no draw
-        return low or "-"
-    return (f"{row[column]} [{low}, {high}]" if low else str(row[column])) or "-"
-
-
-def write_tables(runs, found, folder):
-    """summary.csv and claims.md."""
-    rows = [summarize(run) for run in runs]
-    lines = [",".join(rows[0])] + [",".join(str(v) for v in row.values()) for row in rows]
-    write(folder / "summary.csv", ("\n".join(lines) + "\n").encode())
-    seeds = len({run.options["seed"] for run in runs})
-    spaces = ", ".join(sorted({run.space or "none" for run in runs}))
-    text = [f"{len(runs)} runs, {seeds} seed{'s' if seeds > 1 else ''}, features: {spaces}. ± is "
-            + "the fit's standard error; definitions at the top of plot.py.", "",
-            "| | claim | these runs | verdict |", "|---|---|---|---|"]
-    text += [f"| {' | '.join(row)} |" for row in claims(runs, found)]
-    columns = ("run", "last_step", *(f"tau_{name}" for name in TAUS), "memorization_rate",
-               "best_sw_heldout", "final_copy_ratio", "null_copy_ratio")
-    text += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    text += [f"| {' | '.join(with_interval(row, c) for c in columns)} |" for row in rows]
-    write(folder / "claims.md", ("\n".join(text) + "\n").encode())
+        plot_run(run, folder / f"run_{run.stem}.png")
+        plot_levels(run, folder / f"levels_{run.stem}.png")
+        if snapshot_files(run):
+            plot_samples(run, folder / f"samples_{run.stem}.png")
+            plot_ratios(run, folder / f"ratios_{run.stem}.png")
+    for factor, groups in found.items():
+        plot_sweep(factor, groups, folder / f"sweep_{factor}.png")
+        plot_tau(factor, groups, folder / f"tau_{factor}.png")
+        plot_novelty(factor, groups, folder / f"novelty_{factor}.png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -703,35 +714,23 @@ def write_tables(runs, found, folder):
 # --------------------------------------------------------------------------------------------------
 
 
-def plot_group(runs, folder):
-    """All figures and tables of the runs of one family."""
-    for run in runs:
-        plot_run(run, folder / f"run_{run.name}.png")
-        plot_levels(run, folder / f"levels_{run.name}.png")
-        if snapshot_files(run):
-            plot_samples(run, folder / f"samples_{run.name}.png")
-            plot_ratios(run, folder / f"ratios_{run.name}.png")
-    found = sweeps(runs)
-    for factor, groups in found.items():
-        plot_sweep(factor, groups, folder / f"sweep_{factor}.png")
-        plot_tau(factor, groups, folder / f"tau_{factor}.png")
-        plot_novelty(factor, groups, folder / f"novelty_{factor}.png")
-    write_tables(runs, found, folder)
-
-
 def main(argv=None):
-    """Draw everything below a folder. Raises SystemExit(2) on bad input."""
+    """Draw everything below a folder. Raises SystemExit(2) on bad input, (1) on a damaged run."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("root", help="a run folder, or a folder with runs below it")
     args = p.parse_args(argv)
+    damaged = []
     try:
-        for folder, runs in find_runs(args.root).items():
-            plot_group(runs, folder)
-            print(f"{folder}: {len(runs)} runs drawn; claims.md, summary.csv")
-            print((folder / "claims.md").read_text(), end="")
+        for folder, runs in find_runs(args.root, damaged).items():
+            draw_all(runs, sweeps(runs), folder)
+            print(f"{folder}: {len(runs)} runs drawn")
     except (PlotError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    for message in damaged:
+        print(f"warning: {message}; left out", file=sys.stderr)
+    if damaged:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
