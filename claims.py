@@ -95,6 +95,7 @@ def onset(name, times=None):
         error = LOWEST_ERROR if name.startswith(("heldout_min", "level")) else CROSSING_ERROR
         variance = step_variance(run if copies else None, steps, values, step, error)
         return Point(math.log(step) + factor, variance, 0)
+    point.borrowed = onset("heldout_min") if name.startswith("level") else point
     return point
 
 
@@ -120,6 +121,7 @@ def rate(high, low=RATE_FROM):
         took = math.log(ends[1] / ends[0])
         variance = sum(step_variance(run, steps, copies, s, CROSSING_ERROR) for s in ends)
         return Point(math.log((high - low) * math.log(2) / took), variance / took**2, 0)
+    point.borrowed = point if high <= COPY_LEVELS["copy_10"] else rate(COPY_LEVELS["copy_10"])
     return point
 
 
@@ -138,7 +140,8 @@ def scatter(runs, statistic):
         dof += max(len(values) - 1, 0)
     if dof or runs is study_runs():
         return squares / dof if dof else 0.0, dof, False
-    return *scatter(study_runs(), statistic)[:2], True
+    # what few of the study's runs reach borrows from the nearest that they do
+    return *scatter(study_runs(), getattr(statistic, "borrowed", statistic))[:2], True
 
 
 def fit_line(x, y, variance, bound):
@@ -329,12 +332,19 @@ CLAIMS = [Claim(*row) for row in (
      gains_before))]
 
 
+def usual(runs):
+    """The runs with the set of samples that most of them have: each run counts once."""
+    sets = collections.Counter(run.set for run in runs)
+    return [run for run in runs if run.set == max(sets, key=sets.get)]
+
+
 def judge(runs):
     """[(Claim, Result, verdict)]: the study's claims, tested on these runs.
 
     supported: the interval lies inside the region; contradicted: outside; undecided: neither; not
     tested: too few values.
     """
+    runs = usual(runs)
     found, rows = sweeps(runs), []
     for claim in CLAIMS:
         result = claim.test(runs) if not claim.factor else Result("no sweep of it") if (
@@ -402,8 +412,9 @@ def keep_line(run):
 
 
 def markdown(head, rows):
-    """Lines of a table."""
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+    """A table as text."""
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |"
+                     for row in (head, ["---"] * len(head), *rows))
 
 
 def interval_text(result):
@@ -433,18 +444,19 @@ def claims_text(runs, found, study):
     taus = {name: text for name, text in TAUS.items()
             if any(not math.isnan(run.onsets[name]) for run in runs)}
     exponents = [[text, *(interval_text(r) + " (borrowed)" * r.borrowed for groups in found.values()
-                          for r in [exponent(groups, runs, onset(name))])]
+                          for r in [exponent(groups, usual(runs), onset(name))])]
                  for name, text in taus.items()]
-    exponents = [row for row in exponents if {*row[1:]} != {"-"}]
+    exponents = [row for row in exponents if any(cell != "-" for cell in row[1:])]
     columns = ["run", "last_step", *(f"tau_{name}" for name in taus), "best_sw_heldout",
                "keep_step", "last_copy_ratio", "null_copy_ratio"]
     summary = [[row[c] or "-" for c in columns] for row in map(summarize, runs)]
-    return "\n\n".join([
-        "\n\n".join(lines), "\n".join(markdown(head + ["the study's curves"] * study, rows)),
-        "Slopes of the onset of memorization, log-log, by its definition:",
-        "\n".join(markdown(["onset", *(factor_of(name).label for name in found)], exponents)),
-        "Onsets in steps (>: not reached), best fidelity (<: still improving), what to keep:",
-        "\n".join(markdown(columns, summary))]) + "\n"
+    text = [*lines, markdown(head + ["the study's curves"] * study, rows)]
+    if exponents:
+        text += ["Slopes of the onset of memorization, log-log, by its definition:",
+                 markdown(["onset", *(factor_of(name).label for name in found)], exponents)]
+    text += ["Onsets in steps (>: not reached), best fidelity (<: still improving), what to keep:",
+             markdown(columns, summary)]
+    return "\n\n".join(text) + "\n"
 
 
 def csv_bytes(rows):
