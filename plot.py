@@ -367,7 +367,8 @@ def main(argv=None):
     if not (args.root or args.paper):
         p.error("a folder, or --paper")
     for stream in (sys.stdout, sys.stderr):         # names of runs that the locale cannot print
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         damaged = report(args.root, args.paper)
     except (PlotError, OSError) as error:

@@ -264,6 +264,19 @@ def test_two_sets_of_samples_of_one_run_count_once():
     assert [r for _, r, _ in claims.judge(runs + more)] == [r for _, r, _ in claims.judge(runs)]
 
 
+def test_the_same_run_twice_is_no_repeat():
+    once = made_up_study(0, EFFECT, repeats=1)
+    result = claims.exponent(curves.sweeps(once)["n"], once, claims.best)
+    twice = claims.exponent(curves.sweeps(once * 2)["n"], once * 2, claims.best)
+    assert result == twice and result.borrowed
+
+
+def test_the_peak_after_the_best_fidelity():
+    row = claims.summarize(run_of())
+    assert float(row["hump_step"]) > 4 * float(row["best_sw_step"])
+    assert claims.summarize(run_of(twice=False, better=True))["hump_step"] == ""
+
+
 def test_the_denoiser_that_a_net_is_nearest_to():
     run = run_of()
     run.tables["denoisers"] = [
