@@ -325,8 +325,7 @@ FIGURES = {"run", "metrics", "levels", "samples", "ratios", "film", "denoisers",
 
 def drawn_files(folder):
     """{what an earlier call may have written for a folder, its families included: its inode}."""
-    top = folder.parent if folder.parent.name == "figures" else folder
-    files = top.rglob("*.*") if top.name == "figures" else top.glob("*.*")
+    files = (folder.parent if folder.parent.name == "figures" else folder).rglob("*.*")
     return {p: p.stat().st_ino for p in files if p.name in ("claims.md", "summary.csv", "runs.csv")
             or p.suffix in (".png", ".gif") and p.stem.split("_")[0] in FIGURES}
 
@@ -334,11 +333,13 @@ def drawn_files(folder):
 def report(root, study):
     """Draw, judge and print everything below a folder; the messages of unreadable runs.
 
-    A file written anew has a new inode; what an earlier call left and this one did not is removed.
+    A file written anew has a new inode; what an earlier call left and this one did not is removed,
+    but not beside tables, from which pictures cannot be drawn again.
     """
     damaged = []
     groups = find_runs(root, damaged) if root else {Path("paper_figures"): study_runs()}
-    old = {file: inode for folder in groups for file, inode in drawn_files(folder).items()}
+    old = {file: inode for folder, runs in groups.items() if runs[0].path
+           for file, inode in drawn_files(folder).items()}
     study = study and root is not None
     for folder, runs in groups.items():
         found = sweeps(runs)

@@ -418,6 +418,8 @@ def test_tables_alone_give_the_same_tables_again(tmp_path, drawn):
     first = tmp_path / "runs/figures"
     second = tmp_path / "results/mini"
     second.mkdir(parents=True)
+    picture = second / "samples_N16.png"
+    picture.write_bytes(b"")
     names = ("runs.csv", "summary.csv", "claims.md", "controls.csv", "denoisers.csv", "twin_x.csv")
     for name in names[:1] + names[3:]:
         (second / name).write_bytes((first / name).read_bytes())
@@ -429,6 +431,7 @@ def test_tables_alone_give_the_same_tables_again(tmp_path, drawn):
         assert two.path is None and one.options == two.options and one.controls == two.controls
         assert two.onsets == pytest.approx(one.onsets, rel=1e-4, nan_ok=True)
     assert {f: [*g] for f, g in found.items()} == {f: [*g] for f, g in refound.items()}
+    assert picture.exists()                         # it could not be drawn again
 
 
 def test_summary_quotes(tmp_path, drawn):
