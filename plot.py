@@ -5,16 +5,14 @@
     python plot.py runs/toy/N16_w32_B16_lr2e-3_s0   # one run: what it shows, in a few lines
     python plot.py results/mini                     # a sweep again, from its runs.csv alone
     python plot.py --paper                          # the study's own curves, judged the same way
+
+Beside the figures it writes summary.csv, runs.csv and claims.md. How runs are read: curves.py; what
+the verdicts rest on: claims.py.
 """
 
 import argparse
-import collections
-import csv
-import functools
-import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import sys
@@ -27,423 +25,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.animation import PillowWriter
 
+from claims import describe, exponent, keep_line, onset, write, write_tables
+from curves import (
+    TAUS,
+    PlotError,
+    Run,
+    best_fidelity,
+    columns_of,
+    factor_of,
+    find_runs,
+    label_of,
+    number,
+    study_runs,
+    sweeps,
+)
+
 mpl.use("Agg")
 mpl.rcParams.update({"font.size": 10, "axes.titlesize": 10, "lines.linewidth": 1.6,
                      "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                      "grid.alpha": 0.25, "legend.frameon": False, "savefig.dpi": 130,
                      "figure.constrained_layout.use": True})
-
-STUDY = Path(__file__).parent / "assets/paper_curves.csv"   # digitised from the study's figures
-STUDY_COLUMNS = {"copy_score": "copy_ratio", **{f"{d}_{s}": f"{d}_inception_{s}" for d in (
-    "sw", "fid") for s in ("train", "heldout")}}
-# Options that do not make another run; args.json says so itself since it has an entry "free".
-FREE = {"out", "steps", "images", "device", "compile", "save_minutes"}
-
-Factor = collections.namedtuple("Factor", "label short formula normalised")
-# What is known of a factor: T = step * normalised(value, lowest value) is the study's normalised
-# time. Any other option can be swept as well; see factor_of.
-FACTORS = {"n": Factor("training images N", "N", "step x N_min / N", lambda v, low: low / v),
-           "width": Factor("base width", "width", None, None),
-           "batch": Factor("batch size B", "B", "step x B / B_min", lambda v, low: v / low),
-           "lr": Factor("learning rate", "lr", "step x lr / lr_min", lambda v, low: v / low)}
-
-# --------------------------------------------------------------------------------------------------
-# Reading
-# --------------------------------------------------------------------------------------------------
-
-
-class PlotError(Exception):
-    """Something the user gave is wrong; the message is one line."""
-
-
-def read_rows(path):
-    """A CSV file as a list of {column: text}; [] if absent. Raises PlotError where it is none."""
-    if not path.exists():
-        return []
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise PlotError(f"{path}: not readable ({error})") from None
-    return [{k: v or "" for k, v in row.items() if k is not None} for row in rows]
-
-
-def number(text):
-    """float(text), or nan."""
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def value_of(cell):
-    """An option as a number, True, False, None or a word; a list as one word."""
-    if isinstance(cell, str):
-        try:
-            cell = json.loads(cell)
-        except ValueError:
-            return cell
-    return " ".join(map(str, cell)) if isinstance(cell, list) else cell
-
-
-def columns_of(rows, path):
-    """Rows as {column: float array}, by rising step, nan where a cell is no number.
-
-    Of several rows of one step the last counts. Raises PlotError where no row has a step.
-    """
-    by_step = {step: row for row in rows if (step := number(row.get("step"))) >= 0}
-    if rows and not by_step:
-        raise PlotError(f"{path}: no column 'step' with numbers")
-    return {key: np.array([number(by_step[s].get(key)) for s in sorted(by_step)])
-            for key in (rows[0] if rows else {})}
-
-
-class Run:
-    """One run with one set of samples: its options, its curves, and what follows from them.
-
-    name, and stem, its form in file names; path of its folder, None where it comes from a table;
-    set, the name of the sample set; options {name: value}, sampling settings among them as
-    "setting_eta"; log, metrics {column: float array}; controls {name: {column: float}}; tables
-    {stem of a CSV file: its rows}; space, the features that distances are taken in.
-    """
-
-    def __init__(self, name, options, log, metrics, controls=None, tables=None, path=None, set=""):
-        self.name, self.options, self.path, self.set = name, options, path, set
-        self.log, self.metrics = log, metrics
-        self.controls, self.tables = controls or {}, tables or {}
-        self.seed, self.free, self.parameters = options.get("seed", 0), FREE, math.nan
-        found = [c[3:-6] for c in metrics if c.startswith("sw_") and c.endswith("_train")
-                 and not c.startswith("sw_error_")]
-        self.space = min(found, key=lambda s: (s != "inception", s == "pixels", s), default=None)
-        ascii_name = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
-        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-        self.stem = name if name == ascii_name[:120] else f"{ascii_name[:110]}-{digest}"
-
-    def column(self, name):
-        """(steps, values) of a column of log.csv or metrics.csv, finite values at steps > 0.
-
-        "SPACE" in the name stands for run.space. Empty where there is no such column.
-        """
-        name = name.replace("SPACE", self.space or "SPACE")
-        table = self.log if name in self.log else self.metrics
-        if name not in table:
-            return np.array([]), np.array([])
-        keep = np.isfinite(table[name]) & (table["step"] > 0)
-        return table["step"][keep], table[name][keep]
-
-    @functools.cached_property
-    def onsets(self):
-        """{name of TAUS: step}; inf not reached, nan not measured. See onsets_of."""
-        return onsets_of(self)
-
-    @property
-    def last_step(self):
-        """The last step in either table; nan without any."""
-        return max((t["step"][-1] for t in (self.log, self.metrics) if t), default=math.nan)
-
-    def key(self, *without):
-        """What makes this run another run, as a tuple of pairs; seed and free options do not."""
-        return tuple((k, v) for k, v in sorted(self.options.items())
-                     if k not in self.free and k not in ("seed", *without))
-
-
-def read_folder(path):
-    """A run folder as a list of Runs, one per set of samples. Raises PlotError where damaged."""
-    try:
-        record = json.loads((path / "args.json").read_text(encoding="utf-8"))
-        options = {k: value_of(v) for k, v in record["options"].items()}
-        defaults = {k: value_of(v) for k, v in record.get("defaults", {}).items()}
-        free, parameters = {*record.get("free", ())}, float(record.get("parameters", "nan"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise PlotError(f"{path}/args.json: missing or damaged") from None
-    log = columns_of(read_rows(path / "log.csv"), path / "log.csv")
-    sets = {}
-    for row in read_rows(path / "metrics.csv"):
-        sets.setdefault(row.get("set", ""), []).append(row)
-    controls = {row.get("name", ""): {k: number(v) for k, v in row.items()}
-                for row in read_rows(path / "controls.csv")}
-    tables = {p.stem: read_rows(p) for p in sorted(path.glob("*.csv"))
-              if p.stem not in ("log", "metrics", "controls")}
-    runs = []
-    for name, rows in sets.items() if sets else [("", [])]:
-        settings = {k: value_of(v) for k, v in rows[0].items()
-                    if k.startswith("setting_") and v} if rows else {}
-        mine = {stem: [r for r in table if r.get("name") or r.get("set", name) == name]
-                for stem, table in tables.items()}
-        run = Run("_".join(filter(None, (path.name, name))), options | settings, log,
-                  columns_of(rows, path / "metrics.csv"), controls, mine, path, name)
-        run.defaults, run.free, run.parameters = defaults, FREE | free, parameters
-        runs.append(run)
-    return runs if log or sets else []
-
-
-def read_table(path, rename=None):
-    """A table with a row per run and step as Runs, one per value of all columns before `step`.
-
-    rename {column: name here}. Beside it, controls.csv, denoisers.csv and so on have a column
-    `run`. Raises PlotError where there is no column `step`.
-    """
-    rows, groups = read_rows(path), {}
-    if not rows or "step" not in rows[0]:
-        raise PlotError(f"{path}: no column 'step'")
-    heads = list(rows[0])[:list(rows[0]).index("step")]
-    for row in rows:
-        groups.setdefault(tuple(row[k] for k in heads), []).append(
-            {(rename or {}).get(k, k): v for k, v in row.items() if k not in heads})
-    beside = {p.stem: read_rows(p) for p in sorted(path.parent.glob("*.csv"))} if not rename else {}
-    runs = []
-    for head, lines in groups.items():
-        options = {k: value_of(v) for k, v in zip(heads, head, strict=True)}
-        name, curves = str(options.pop("run", " ".join(head))), columns_of(lines, path)
-        curves = {k: v for k, v in curves.items() if k == "step" or np.isfinite(v).any()}
-        tables = {stem: mine for stem, table in beside.items() if stem not in ("runs", "summary")
-                  and (mine := [r for r in table if r.get("run") == name])}
-        controls = {r["name"]: {k: number(v) for k, v in r.items()}
-                    for r in tables.pop("controls", []) if "name" in r}
-        run = Run(name, options, curves, curves, controls, tables, set=options.pop("set", "") or "")
-        run.parameters = number(options.pop("parameters", math.nan))
-        runs.append(run)
-    return runs
-
-
-def study_runs():
-    """The study's own curves as Runs; what several of its figures show counts as repeats."""
-    runs, seeds = read_table(STUDY, STUDY_COLUMNS), collections.Counter()
-    for run in runs:
-        run.options["figure"] = run.options.pop("factor")
-        run.free, run.name = FREE | {"figure"}, f"study {run.name}"
-        run.seed = run.options["seed"] = seeds[run.key()]
-        seeds[run.key()] += 1
-    return runs
-
-
-def settle(runs):
-    """Give every run the same options: what one lacks, at its default; settings if they matter.
-
-    A sampling setting counts only if runs of differently named sets differ in it: the clipping
-    that a process brings along does not.
-    """
-    defaults, free = {}, set().union(*(run.free for run in runs))
-    for run in runs:
-        defaults = getattr(run, "defaults", {}) | defaults
-    every = sorted({k for run in runs for k in run.options} - free)
-    for name in [k for k in every if k.startswith("setting_")]:
-        by_set = {}
-        for run in runs:
-            by_set.setdefault(run.set, set()).update({run.options[name]} if name in run.options
-                                                     else ())
-        seen = [values for values in by_set.values() if values]
-        if all(values == seen[0] for values in seen):
-            every.remove(name)
-        for run in runs:
-            if name in every and by_set[run.set]:
-                run.options.setdefault(name, min(by_set[run.set], key=str))
-    for run in runs:
-        run.options = {k: run.options.get(k, defaults.get(k)) for k in every}
-        run.free = free
-
-
-def find_runs(root, damaged=None):
-    """The runs at or below a folder, grouped: {folder for figures: [Run]}.
-
-    Run folders, or else tables runs.csv. Runs that no chain of changes of one option connects are
-    put into folders of their own, named by what differs. damaged: a list to which the message of
-    each unreadable run is added; without it such a run raises PlotError.
-    """
-    root, groups = Path(root), {}
-    if not root.is_dir():
-        raise PlotError(f"{root}: no such folder")
-    single = (root / "args.json").exists()
-    paths = [root] if single else sorted(p.parent for p in root.rglob("args.json"))
-    for path in paths or sorted(root.rglob("runs.csv")):
-        folder = (path if single else path.parent) / ("figures" if paths else "")
-        try:
-            found = read_folder(path) if paths else read_table(path)
-            groups.setdefault(folder, []).extend(found)
-        except PlotError as error:
-            if damaged is None:
-                raise
-            damaged.append(str(error))
-    result = {}
-    for folder, runs in groups.items():
-        if runs:
-            settle(runs)
-            result |= {folder / name: family for name, family in families(runs).items()}
-    if not result and not damaged:
-        raise PlotError(f"{root}: no run with a log.csv below it; train one first")
-    return result
-
-
-def families(runs):
-    """Runs grouped so that each differs from another of its group in one option at most.
-
-    {name: [Run]}: "" for a single group, else what differs between the groups.
-    """
-    groups = []                                    # [(runs, their keys)]
-    for run in runs:
-        linked = [g for g in groups if any(
-            sum(a != b for a, b in zip(run.key(), other.key(), strict=True)) <= 1 for other in g)]
-        groups = [g for g in groups if g not in linked] + [[r for g in linked for r in g] + [run]]
-    if len(groups) == 1:
-        return {"": runs}
-    sets = [{k: sorted({str(r.options[k]) for r in g}) for k, _ in runs[0].key()} for g in groups]
-    differ = [k for k in sets[0] if any(s[k] != sets[0][k] for s in sets)]
-    names = ["_".join(k + "-".join(s[k]) for k in differ) for s in sets]
-    names = ["".join(c if c.isalnum() or c in "._-" else "-" for c in n)[:100] for n in names]
-    return {n if names.count(n) == 1 else f"{n}_{k}": g
-            for k, (n, g) in enumerate(zip(names, groups, strict=True))}
-
-
-class Slice(dict):
-    """{value of a factor: [Run, one per seed]}, all else equal.
-
-    fixed {option: its value here}, of the options that vary elsewhere; others: how many slices
-    there are beside this, the widest.
-    """
-
-    fixed, others = {}, 0
-
-
-def sweeps(runs):
-    """{factor: Slice}: for every option that varies, the widest set of runs where it alone does."""
-    varying = [k for k, v in runs[0].key() if any(r.options[k] != v for r in runs)]
-    found = {}
-    for factor in sorted(varying, key=lambda k: [*FACTORS, k].index(k)):
-        slices = {}
-        for run in runs:
-            values = slices.setdefault(run.key(factor), {})
-            values.setdefault(run.options[factor], []).append(run)
-        several = [v for v in slices.values() if len(v) > 1]
-        if several:
-            widest = max(several, key=lambda v: (len(v), sum(map(len, v.values()))))
-            found[factor] = Slice((v, widest[v]) for v in sorted(
-                widest, key=lambda v: (isinstance(v, str), v is None, str(v) if isinstance(
-                    v, str) else v or 0)))
-            options = next(iter(widest.values()))[0].options
-            found[factor].fixed = {k: options[k] for k in varying if k != factor}
-            found[factor].others = len(several) - 1
-    return found
-
-
-def factor_of(name):
-    """The Factor of an option: from FACTORS, or plain words and no normalised time."""
-    plain = name.removeprefix("setting_").replace("_", " ")
-    return FACTORS.get(name, Factor(plain, plain, None, None))
-
-
-def label_of(factor, value):
-    """N = 2048, B = 16, process = flow, ..."""
-    text = f"{value:g}" if type(value) in (int, float) else value
-    return f"{factor_of(factor).short} = {text}"
-
-
-# --------------------------------------------------------------------------------------------------
-# Onset, best fidelity, rate
-# --------------------------------------------------------------------------------------------------
-
-TAUS = {"heldout_min": "held-out loss lowest", "heldout_25": "held-out loss 25 % up",
-        "copy_01": "copy ratio .01", "copy_10": "copy ratio .1", "copy_50": "copy ratio .5",
-        "denoisers": "nearer to the memorizer than to any other denoiser",
-        **{f"level{k}": f"held-out loss lowest, t {k / 10:.1f} to {(k + 1) / 10:.1f}"
-           for k in range(10)}}
-COPY_LEVELS = {"copy_01": 0.01, "copy_10": 0.1, "copy_50": 0.5}     # above the null
-
-
-def crossing(steps, values, level):
-    """The first step at which `values` reach `level`, linear in log step; inf where they do not."""
-    above = np.flatnonzero(values >= level)
-    if not len(above):
-        return math.inf
-    k = above[0]
-    if k == 0:
-        return float(steps[0])
-    share = (level - values[k - 1]) / (values[k] - values[k - 1])
-    return float(np.exp(np.log(steps[k - 1]) + share * np.log(steps[k] / steps[k - 1])))
-
-
-def lowest(steps, values):
-    """The step of the lowest value, by a parabola in log step; inf where it is the last one."""
-    k = int(np.argmin(values))
-    if k == len(values) - 1:
-        return math.inf
-    if k == 0:
-        return float(steps[0])
-    x, y = np.log(steps[k - 1:k + 2]), values[k - 1:k + 2]
-    a, b, _ = np.polyfit(x - x[1], y, 2)
-    return float(np.exp(x[1] - b / (2 * a))) if a > 0 else float(steps[k])
-
-
-def excess(run):
-    """(steps, copy ratio above its null) of a run: shares of its samples."""
-    steps, copies = run.column("copy_ratio")
-    _, null = run.column("null_copy_ratio")
-    return steps, copies - (float(np.median(null)) if len(null) else 0)
-
-
-def nearest_denoiser(run):
-    """(steps, mean over noise levels of log(distance to the nearest other / to the memorizer)).
-
-    From denoisers.csv, on the inputs that the sampler meets; above 0 the net is nearer to the exact
-    denoiser of its training images than to any of the others (population, Gaussian, local).
-    """
-    found = {}
-    for row in run.tables.get("denoisers", []):
-        distance, at = number(row.get("median")), (number(row.get("step")), row.get("level"))
-        if row.get("inputs") == "path" and distance >= 0 and at[0] > 0:
-            found.setdefault(at, {})[row.get("reference")] = math.log(max(distance, 1e-12))
-    by_step = {}
-    for (step, _), at in found.items():
-        memorizer = at.pop("memorizer", None)
-        if memorizer is not None and at:
-            by_step.setdefault(step, []).append(min(at.values()) - memorizer)
-    steps = sorted(by_step)
-    return np.array(steps), np.array([np.mean(by_step[s]) for s in steps])
-
-
-def onsets_of(run):
-    """The onset of memorization by each definition of TAUS: {name: step}.
-
-    inf not reached, nan not measured.
-    """
-    found = dict.fromkeys(TAUS, math.nan)
-    for name in ("heldout_min", *(f"level{k}" for k in range(10))):
-        steps, loss = run.column("heldout_loss" + name.replace("heldout_min", "").replace(
-            "level", "_level"))
-        if len(loss):
-            found[name] = lowest(steps, loss)
-    steps, loss = run.column("heldout_loss")
-    if len(loss):
-        k = int(np.argmin(loss))
-        found["heldout_25"] = crossing(steps[k:], loss[k:], 1.25 * loss[k])
-    steps, copies = excess(run)
-    for name, level in COPY_LEVELS.items():
-        found[name] = crossing(steps, copies, level) if len(steps) else math.nan
-    steps, nearer = nearest_denoiser(run)
-    found["denoisers"] = crossing(steps, nearer, 0.0) if len(steps) else math.nan
-    return found
-
-
-def read_neighbours(file, key):
-    """An array of a neighbours file. Raises PlotError where it is damaged."""
-    try:
-        with np.load(file) as data:
-            return data[key]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
-        raise PlotError(f"{file}: damaged; delete it and run measure.py again") from None
-
-
-def snapshot_files(run):
-    """The neighbours files of a run's snapshots, by step; [] where it has no folder."""
-    return sorted((run.path / "neighbours" / run.set).glob("[0-9]*.npz")) if run.path else []
-
-
-def write(path, data):
-    """Write bytes through a temporary file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
 
 # --------------------------------------------------------------------------------------------------
 # Figures
@@ -523,7 +124,8 @@ def dress(axis, title="", scale="linear", xlabel=""):
         low, high = side.get_view_interval()
         side.set_major_locator(mpl.ticker.MaxNLocator(4) if high < 5 * low else
                                mpl.ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-        side.set_major_formatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
+        side.set_major_formatter(lambda v, _: f"{v / 1e6:g}M" if v >= 1e6 else
+                                 f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
         side.set_minor_locator(mpl.ticker.NullLocator())
 
 
@@ -546,9 +148,9 @@ def curve(axis, runs, column, color, scale=1, label=None, errors=False):
         low, high = (at(runs[0], column.replace("ratio", end) if "ratio" in column else
                         f"{column}_{end}") for end in ("low", "high"))
     line, own, name = style_of(column)
-    axis.plot(steps * scale, values.mean(0), color=color if own is None else own, linestyle=line,
+    axis.plot(steps * scale, np.nanmean(values, 0), color=own or color, linestyle=line,
               marker="." if len(steps) == 1 else None, label=name if label is None else label)
-    axis.fill_between(steps * scale, low, high, color=color, alpha=0.2, linewidth=0)
+    axis.fill_between(steps * scale, low, high, color=own or color, alpha=0.2, linewidth=0)
 
 
 def panels(run, rows, size):
@@ -636,7 +238,7 @@ def plot_hump(run, path):
     figure, axes = panels(run, [[*FOUR, "power"], ["sharpness", "contrast", "sw_replaced",
                                                    "mixture", "power"]], (16, 6.4))
     steps, values = run.column("sw_SPACE_heldout")
-    best = int(np.argmin(np.where(steps <= run.onsets["copy_01"], values, math.inf)))
+    best = int(np.argmax(steps == best_fidelity(run)[1]))
     later = np.minimum.accumulate(values[::-1])[::-1]
     hump = best + int(np.argmax((values - np.maximum(values[best], later))[best:]))
     power = {row["name"] or number(row["step"]): np.array(
@@ -748,6 +350,20 @@ def plot_ratios(run, path, steps=6):
     save(figure, path, words(run.name))
 
 
+def read_neighbours(file, key):
+    """An array of a neighbours file. Raises PlotError where it is damaged."""
+    try:
+        with np.load(file) as data:
+            return data[key]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        raise PlotError(f"{file}: damaged; delete it and run measure.py again") from None
+
+
+def snapshot_files(run):
+    """The neighbours files of a run's snapshots, by step; [] where it has no folder."""
+    return sorted((run.path / "neighbours" / run.set).glob("[0-9]*.npz")) if run.path else []
+
+
 def pick(run, count):
     """At most `count` neighbours files, evenly along log step and copy ratio: both phases seen."""
     files = snapshot_files(run)
@@ -828,54 +444,69 @@ def plot_sweep(factor, groups, path, study=None):
         times[f"T = {formula}"] = lambda value: normalised(value, min(groups))
     figure, axes = plt.subplots(len(times), 4, figsize=(13, 3 * len(times) + 0.9), squeeze=False)
     for row, (time, scale) in zip(axes, times.items(), strict=True):
-        for axis, (title, kind, columns) in zip(row, (PANELS[name] for name in FOUR), strict=True):
+        for axis, name in zip(row, FOUR, strict=True):
+            title, kind, columns = PANELS[name]
             for column in columns.split():
-                line, _, name = style_of(column)
+                line, _, text = style_of(column)
                 for color, (value, runs) in zip(palette(len(groups)), groups.items(), strict=True):
                     curve(axis, runs, column, color, scale(value),
                           label_of(factor, value) if line == "-" else "")
-                axis.plot([], [], color="0.25", linestyle=line, label=name)
-            behind = axis.twinx() if study else None
-            for column, value in itertools.product(columns.split(), study or ()):
-                curve(behind, study[value], column, "0.75", scale(value), "")
-            dress(axis, title, kind, time)
+                axis.plot([], [], color="0.25", linestyle=line, label=text)
             if study:
-                behind.set(yscale=axis.get_yscale(), yticks=[], zorder=-1)
-                axis.plot([], [], color="0.75", label="the study's curves, on a scale of their own")
-                axis.patch.set_visible(False)
+                draw_behind(axis, study, PANELS[name], scale)
+            dress(axis, title, kind, time)
     fixed = ", ".join(label_of(k, v) for k, v in groups.fixed.items())
     others = f"; the widest of {groups.others + 1} such sweeps" * bool(groups.others)
     save(figure, path, words(label + f"; fixed: {fixed}" * bool(fixed) + others))
 
 
-def plot_onset(factor, groups, path, _=None):
-    """The onset by each definition against the factor; an arrow where a run has not reached it."""
+def draw_behind(axis, study, panel, scale):
+    """The study's curves behind a panel's, thin and grey, with an axis of their own."""
+    behind = axis.twinx()
+    for column, (value, runs) in itertools.product(panel[2].split(), study.items()):
+        curve(behind, runs, column, "0.75", scale(value), "")
+    plt.setp(behind.lines, linewidth=0.9)
+    behind.set(yscale="log" if panel[1] == "log" else "linear", zorder=-1)
+    behind.yaxis.set_visible(False)
+    axis.patch.set_visible(False)
+    axis.plot([], [], color="0.75", label="the study, not to this scale: compare shapes")
+
+
+def plot_onset(factor, groups, path, runs):
+    """The onset by each definition against the factor, with its 95 % interval and power laws.
+
+    An arrow: the onset lies beyond. runs: all runs, for the scatter of the slope's interval.
+    """
     numbers = all(type(v) in (int, float) and v > 0 for v in groups)
     names = [name for name in TAUS if "level" not in name and any(
-        math.isfinite(run.onsets[name]) for runs in groups.values() for run in runs)]
-    figure, axis = plt.subplots(figsize=(8, 5.4))
+        math.isfinite(run.onsets[name]) for group in groups.values() for run in group)]
+    figure, axis = plt.subplots(figsize=(9, 5.4))
     for k, (name, color) in enumerate(zip(names, palette(len(names)), strict=True)):
-        marker, means = "os^DvP"[k % 6], []
-        for at, (value, runs) in enumerate(groups.items()):
+        style = {"color": color, "marker": "osDPX*"[k % 6], "linewidth": 1}
+        for at, (value, group) in enumerate(groups.items()):
             x = value * 1.02**k if numbers else at + 0.04 * k
-            onsets = np.array([run.onsets[name] for run in runs])
-            axis.plot([x] * len(runs), onsets, marker, color=color)
-            for run in [run for run in runs if math.isinf(run.onsets[name])]:
-                axis.errorbar(x, run.last_step, 0.2 * run.last_step, lolims=True, color=color,
-                              marker=marker, markerfacecolor="white")
-            means.append((x, np.exp(np.log(onsets).mean())))
-        axis.plot(*zip(*means, strict=True), color=color, linewidth=1)
-        axis.plot([], [], f"{marker}-", color=color, label=TAUS[name])
-    dress(axis, "arrow: not reached by then", "log", factor_of(factor).label)
+            for point in filter(None, map(onset(name), group)):
+                step, spread = math.exp(point.value), math.exp(1.96 * math.sqrt(point.variance))
+                error = [[step - step / spread], [step * spread - step]]
+                axis.errorbar(x, step, error if point.bound == 0 else 0.2 * step, **style,
+                              lolims=point.bound > 0, uplims=point.bound < 0)
+        slope = exponent(groups, runs, onset(name))
+        law = f": slope {slope.value:.2f} [{slope.low:.2f}, {slope.high:.2f}]"
+        axis.plot([], [], label=TAUS[name] + law * math.isfinite(slope.value), **style)
+        if math.isfinite(slope.value):
+            ends = np.array([min(groups), max(groups)])
+            axis.plot(ends * 1.02**k, math.exp(slope.intercept) * ends**slope.value, color=color,
+                      linewidth=1)
+    dress(axis, "arrow: earlier or later than that", "log", factor_of(factor).label)
     axis.set(ylabel="onset of memorization, training step", xscale="log" if numbers else "linear")
     axis.set_xticks([*groups] if numbers else range(len(groups)),
                     [label_of(factor, v).split(" = ")[1] for v in groups])
     axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    save(figure, path, factor_of(factor).label)
+    save(figure, path, f"{factor_of(factor).label}: onset")
 
 
 # A figure of a run: its file, what draws it, the columns and tables it needs (their beginnings).
-RUN_FIGURES = (("run_{}.png", plot_run, "step"), ("metrics_{}.png", plot_metrics, "copy_ratio"),
+RUN_FIGURES = (("run_{}.png", plot_run, "step"), ("metrics_{}.png", plot_metrics, "auth_share"),
                ("levels_{}.png", plot_levels, "heldout_loss_level"),
                ("samples_{}.png", plot_samples, "neighbours"),
                ("ratios_{}.png", plot_ratios, "neighbours"),
@@ -884,18 +515,14 @@ RUN_FIGURES = (("run_{}.png", plot_run, "step"), ("metrics_{}.png", plot_metrics
                ("hump_{}.png", plot_hump, "spectrum sw_"),
                ("copier_{}.png", plot_copier, "controls sw_"),
                ("twins_{}.png", plot_twins, "twin_"), ("planted_{}.png", plot_planted, "planted"))
-SWEEP_FIGURES = (("sweep_{}.png", plot_sweep), ("onset_{}.png", plot_onset))
 
 
 def draw_all(runs, found, folder, study=None):
-    """Every figure that runs and their sweeps (see sweeps) have the data for, in place of old ones.
+    """Every figure that runs and their sweeps (found, see sweeps) have the data for.
 
-    Of several seeds the first gets all figures, the others their curves. study: {factor: the
-    study's own sweep}.
+    Of several seeds the first gets all figures, the others their curves. study: the study's own
+    sweeps, to be drawn beside these.
     """
-    for name, *_ in RUN_FIGURES + SWEEP_FIGURES:
-        for path in folder.glob(name.format("*")):
-            path.unlink()
     first = {}
     for run in runs:
         data = [*run.log, *run.metrics, *run.tables, "controls" * bool(run.controls),
@@ -905,28 +532,72 @@ def draw_all(runs, found, folder, study=None):
                     any(key.startswith(need) for key in data) for need in needs.split()):
                 draw(run, folder / name.format(run.stem))
     for factor, groups in found.items():
-        for name, draw in SWEEP_FIGURES:
-            draw(factor, groups, folder / name.format(factor), (study or {}).get(factor))
+        plot_sweep(factor, groups, folder / f"sweep_{factor}.png", (study or {}).get(factor))
+        plot_onset(factor, groups, folder / f"onset_{factor}.png", runs)
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
+# The first words of the files that this script, or an earlier version of it, writes.
+FIGURES = {"run", "metrics", "levels", "samples", "ratios", "film", "denoisers", "hump", "copier",
+           "twins", "planted", "sweep", "onset", "tau", "novelty"}
+
+
+def drawn_files(folder):
+    """{what an earlier call may have written for a folder, its families included: its inode}."""
+    top = folder.parent if folder.parent.name == "figures" else folder
+    files = top.rglob("*.*") if top.name == "figures" else top.glob("*.*")
+    return {p: p.stat().st_ino for p in files if p.name in ("claims.md", "summary.csv", "runs.csv")
+            or p.suffix in (".png", ".gif") and p.stem.split("_")[0] in FIGURES}
+
+
+def report(root, study):
+    """Draw, judge and print everything below a folder; the messages of unreadable runs.
+
+    A file written anew has a new inode; what an earlier call left and this one did not is removed.
+    """
+    damaged = []
+    groups = find_runs(root, damaged) if root else {Path("paper_figures"): study_runs()}
+    old = {file: inode for folder in groups for file, inode in drawn_files(folder).items()}
+    study = study and root is not None
+    for folder, runs in groups.items():
+        found = sweeps(runs)
+        write_tables(runs, found, folder, study)
+        draw_all(runs, found, folder, sweeps(study_runs()) if study else {})
+        print(f"{folder}: {len(runs)} run{'s' * (len(runs) > 1)} drawn")
+        print("\n".join(describe(runs[0])) if len(runs) == 1 else (
+            folder / "claims.md").read_text(encoding="utf-8"))
+        print("\n".join(keep_line(run) for run in runs if run.metrics))
+    for file, inode in old.items():
+        if file.exists() and file.stat().st_ino == inode:
+            file.unlink()
+    return damaged
+
 
 def main(argv=None):
-    """Draw everything below a folder. Raises SystemExit(2) on bad input, (1) on a damaged run."""
+    """Draw and judge everything below a folder.
+
+    Raises SystemExit: 2 on bad input, 1 where a run was left out, 130 when interrupted.
+    """
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("root", help="a run folder, or a folder with runs below it")
+    p.add_argument("root", nargs="?", help="a run folder, or a folder with runs, or with runs.csv")
+    p.add_argument("--paper", action="store_true", help="set the study's own curves beside these "
+                   "runs; without a folder, draw and judge them alone, into paper_figures/")
     args = p.parse_args(argv)
-    damaged = []
+    if not (args.root or args.paper):
+        p.error("a folder, or --paper")
+    for stream in (sys.stdout, sys.stderr):         # names of runs that the locale cannot print
+        stream.reconfigure(errors="backslashreplace")
     try:
-        for folder, runs in find_runs(args.root, damaged).items():
-            draw_all(runs, sweeps(runs), folder)
-            print(f"{folder}: {len(runs)} runs drawn")
+        damaged = report(args.root, args.paper)
     except (PlotError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     for message in damaged:
         print(f"warning: {message}; left out", file=sys.stderr)
     if damaged:
