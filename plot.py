@@ -14,7 +14,6 @@ import argparse
 import io
 import itertools
 import math
-import os
 import sys
 import zipfile
 import zlib
@@ -23,7 +22,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.animation import PillowWriter
+from PIL import Image
 
 from claims import describe, exponent, keep_line, onset, write, write_tables
 from curves import (
@@ -118,8 +117,6 @@ def dress(axis, title="", scale="linear", xlabel=""):
     axis.set(title=title, xlabel=xlabel, xscale="log", yscale="log" if scale == "log" else "linear")
     if scale == "share":
         axis.set_ylim(-0.04, 1.04)
-    if not axis.has_data():
-        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
     for side in [axis.xaxis] + [axis.yaxis] * (scale == "log"):
         low, high = side.get_view_interval()
         side.set_major_locator(mpl.ticker.MaxNLocator(4) if high < 5 * low else
@@ -160,20 +157,22 @@ def panels(run, rows, size):
     """
     figure, axes = plt.subplot_mosaic(rows, figsize=size, empty_sentinel="")
     figure.supxlabel("training step", fontsize="medium")
-    for name in [name for name in axes if name in PANELS]:
-        title, scale, columns = PANELS[name]
+    for axis, (title, scale, columns) in [(axes[name], PANELS[name]) for name in axes if
+                                          name in PANELS]:
         for column in columns.split():
-            curve(axes[name], [run], column, BLUE, errors=True)
-            for key, (color, label) in CONTROLS.items():
-                value = control(run, key, column)
-                if value > 0 or (math.isfinite(value) and scale != "log"):
-                    axes[name].axhline(value, color=color, linestyle=style_of(column)[0],
-                                       linewidth=1.1, label=label)
+            curve(axis, [run], column, BLUE, errors=True)
+        if not axis.lines:
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
+        for column, (key, (color, label)) in itertools.product(columns.split(), CONTROLS.items()):
+            value = control(run, key, column)
+            if value > 0 or (math.isfinite(value) and scale != "log"):
+                axis.axhline(value, color=color, linestyle=style_of(column)[0], linewidth=1.1,
+                             label=label)
         for mark, line in MARKS.items():
             if math.isfinite(run.onsets[mark]):
-                axes[name].axvline(run.onsets[mark], color="0.25", linestyle=line, linewidth=1,
-                                   label=TAUS[mark])
-        dress(axes[name], title, scale)
+                axis.axvline(run.onsets[mark], color="0.25", linestyle=line, linewidth=1,
+                             label=TAUS[mark])
+        dress(axis, title, scale)
     return figure, axes
 
 
@@ -402,19 +401,27 @@ def plot_samples(run, path, steps=5):
 
 
 def plot_film(run, path, frames=13):
-    """A film through training: samples and held-out images as in `strip`, loss and copy ratio."""
-    files, film, hidden = pick(run, frames), PillowWriter(2), path.with_name(f".{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"font.size": 8, "axes.titlesize": 8, "savefig.dpi": 100,
+    """A film through training: samples and held-out images as in `strip`, loss and copy ratio.
+
+    Of as many colours as 500 kB allow; its last frame stays for 2.5 seconds.
+    """
+    pictures, files = [], pick(run, frames)
+    with mpl.rc_context({"font.size": 8, "axes.titlesize": 8,
                          "figure.constrained_layout.use": False}):
-        figure = plt.figure(figsize=(6.72, 3.36))
-        with film.saving(figure, hidden, 100):
-            for file in [*files, *files[-1:] * 4]:      # equal frames become one, shown longer
-                figure.clear()
-                draw_frame(figure, run, file)
-                film.grab_frame()
-        plt.close(figure)
-    os.replace(hidden, path)
+        for file in files:
+            figure = plt.figure(figsize=(6.72, 3.36), dpi=100)
+            draw_frame(figure, run, file)
+            figure.canvas.draw()
+            pictures.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
+            plt.close(figure)
+    for colors in (256, 128, 64, 32, 16):
+        first, *others = [picture.quantize(colors) for picture in pictures]
+        buffer = io.BytesIO()
+        first.save(buffer, "GIF", save_all=True, append_images=others, loop=0,
+                   duration=[500] * len(others) + [2500])
+        if buffer.tell() < 500_000:
+            break
+    write(path, buffer.getvalue())
 
 
 def draw_frame(figure, run, file):
@@ -513,7 +520,7 @@ RUN_FIGURES = (("run_{}.png", plot_run, "step"), ("metrics_{}.png", plot_metrics
                ("film_{}.gif", plot_film, "neighbours"),
                ("denoisers_{}.png", plot_denoisers, "denoisers"),
                ("hump_{}.png", plot_hump, "spectrum sw_"),
-               ("copier_{}.png", plot_copier, "controls sw_"),
+               ("copier_{}.png", plot_copier, "training sw_"),
                ("twins_{}.png", plot_twins, "twin_"), ("planted_{}.png", plot_planted, "planted"))
 
 
@@ -525,7 +532,7 @@ def draw_all(runs, found, folder, study=None):
     """
     first = {}
     for run in runs:
-        data = [*run.log, *run.metrics, *run.tables, "controls" * bool(run.controls),
+        data = [*run.log, *run.metrics, *run.tables, *(f"{name} control" for name in run.controls),
                 "neighbours" * bool(snapshot_files(run))]
         for name, draw, needs in RUN_FIGURES:
             if (name.startswith("run") or first.setdefault(run.key(), run) is run) and all(
