@@ -24,6 +24,7 @@ from curves import (
     excess,
     factor_of,
     label_of,
+    second_peak,
     study_runs,
     sweeps,
     to_keep,
@@ -79,22 +80,29 @@ def sample_count(run):
     return float(np.median([*run.column("samples")[1]] or [0]))
 
 
+def has_log(value):
+    """Whether an option's value is a positive, finite number."""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def onset(name, times=None):
     """The statistic log(tau_mem), by a definition of TAUS, or log(tau_mem x option `times`).
 
     A run that ends before is a lower bound; one at its first evaluation is an upper bound.
     """
     def point(run):
-        step, factor = run.onsets[name], math.log(run.options[times]) if times else 0.0
-        copies = name in COPY_LEVELS
+        step, copies, factor = run.onsets[name], name in COPY_LEVELS, 0.0
         steps, values = excess(run) if copies or name == "denoisers" else run.column("heldout_loss")
-        if math.isnan(step) or not len(steps):
+        if math.isnan(step) or not len(steps) or times and not has_log(run.options.get(times)):
             return None
+        if times:
+            factor = math.log(run.options[times])
         if math.isinf(step) or step <= steps[0]:
             return Point(math.log(min(step, steps[-1])) + factor, 0.0, 1 if step > steps[0] else -1)
         error = LOWEST_ERROR if name.startswith(("heldout_min", "level")) else CROSSING_ERROR
         variance = step_variance(run if copies else None, steps, values, step, error)
         return Point(math.log(step) + factor, variance, 0)
+    point.borrowed = onset("heldout_min") if name.startswith("level") else point
     return point
 
 
@@ -120,6 +128,7 @@ def rate(high, low=RATE_FROM):
         took = math.log(ends[1] / ends[0])
         variance = sum(step_variance(run, steps, copies, s, CROSSING_ERROR) for s in ends)
         return Point(math.log((high - low) * math.log(2) / took), variance / took**2, 0)
+    point.borrowed = point if high <= COPY_LEVELS["copy_10"] else rate(COPY_LEVELS["copy_10"])
     return point
 
 
@@ -130,15 +139,16 @@ def scatter(runs, statistic):
     """
     groups, squares, dof = {}, 0.0, 0
     for run in runs:
-        groups.setdefault(run.key(), []).append(statistic(run))
+        groups.setdefault(run.key(), {})[run.seed] = statistic(run)
     # a set of tuples, since two sets of samples of one run share its losses
-    for values in {tuple(p.value for p in points if p and not p.bound)
+    for values in {tuple(p.value for p in points.values() if p and not p.bound)
                    for points in groups.values()}:
         squares += float(np.var(values)) * len(values) if values else 0.0
         dof += max(len(values) - 1, 0)
     if dof or runs is study_runs():
         return squares / dof if dof else 0.0, dof, False
-    return *scatter(study_runs(), statistic)[:2], True
+    # what few of the study's runs reach borrows from the nearest that they do
+    return *scatter(study_runs(), getattr(statistic, "borrowed", statistic))[:2], True
 
 
 def fit_line(x, y, variance, bound):
@@ -170,7 +180,7 @@ def exponent(groups, runs, statistic):
     runs: all runs, for the scatter. Bounds are left out of the value; its interval covers both the
     fit without them and the one with them, since a power law need not hold as far as they reach.
     """
-    if not all(type(v) in (int, float) and 0 < v < math.inf for v in groups):
+    if not all(map(has_log, groups)):
         return Result("its values have no logarithm")
     points = [(math.log(v), *p) for v, group in groups.items() for run in group
               if (p := statistic(run))]
@@ -258,7 +268,7 @@ def equal_distances(runs):
 
 
 def share(good, text):
-    """A Result from booleans, one per run; fewer than five runs cannot decide."""
+    """A Result from booleans, one per run; four of four, 6 % by chance, cannot decide."""
     if len(good) < 3:
         return Result(f"fewer than three runs {text}")
     low, high = wilson(sum(good), len(good)) if len(good) > 4 else (0.0, 1.0)
@@ -273,12 +283,9 @@ def double_descent(runs):
                                       for split in ("train", "heldout")))
         before = steps <= run.onsets["copy_01"]
         if before.any() and math.isfinite(run.onsets["copy_10"]):
-            turn = [int(np.argmin(v[before])) for v in values]
-            peak = [k + int(np.argmax(v[k:])) for k, v in zip(turn, values, strict=True)]
-            twice = [v[j] >= 1.5 * v[k] and v[j] >= 1.1 * v[j:].min()
-                     for k, j, v in zip(turn, peak, values, strict=True)]
-            together = abs(turn[0] - turn[2]) <= 1 and abs(turn[1] - turn[3]) <= 1
-            good.append(all(twice) and together)
+            turns = [second_peak(v, before) for v in values]
+            together = all(abs(turns[k][0] - turns[k + 2][0]) <= 1 for k in (0, 1))
+            good.append(together and all(rise >= 1.5 and fall >= 1.1 for _, _, rise, fall in turns))
     return share(good, "that reach copy ratio .1")
 
 
@@ -329,12 +336,19 @@ CLAIMS = [Claim(*row) for row in (
      gains_before))]
 
 
+def usual(runs):
+    """The runs with the set of samples that most of them have: each run counts once."""
+    sets = collections.Counter(run.set for run in runs)
+    return [run for run in runs if run.set == max(sets, key=sets.get)]
+
+
 def judge(runs):
     """[(Claim, Result, verdict)]: the study's claims, tested on these runs.
 
     supported: the interval lies inside the region; contradicted: outside; undecided: neither; not
     tested: too few values.
     """
+    runs = usual(runs)
     found, rows = sweeps(runs), []
     for claim in CLAIMS:
         result = claim.test(runs) if not claim.factor else Result("no sweep of it") if (
@@ -370,13 +384,18 @@ def summarize(run):
                 f"{math.exp(point.value + k * math.sqrt(point.variance)):.0f}")
     value, step, improving = best_fidelity(run)
     speed, (keep, distance, copied) = rate(COPY_LEVELS["copy_10"])(run), to_keep(run)
+    (steps, (curve,)), hump = paired(run, "sw_SPACE_heldout"), ""
+    if (steps <= step).any():
+        _, peak, rise, fall = second_peak(curve, steps <= step)
+        hump = digits(steps[peak], 12) if min(rise, fall) >= 1.1 else ""
     last, null = (digits([math.nan, *run.column(c)[1]][-1])
                   for c in ("copy_ratio", "null_copy_ratio"))
     return row | {"rate_to_copy_10": digits(math.exp(speed.value)) if speed else "",
                   "best_sw_heldout": "<" * improving + digits(value),
-                  "best_sw_step": digits(step, 12), "keep_step": digits(keep, 12),
-                  "keep_sw_heldout": digits(distance), "keep_copy_ratio": digits(copied),
-                  "space": run.space or "", "last_copy_ratio": last, "null_copy_ratio": null}
+                  "best_sw_step": digits(step, 12), "hump_step": hump,
+                  "keep_step": digits(keep, 12), "keep_sw_heldout": digits(distance),
+                  "keep_copy_ratio": digits(copied), "space": run.space or "",
+                  "last_copy_ratio": last, "null_copy_ratio": null}
 
 
 def describe(run):
@@ -402,8 +421,9 @@ def keep_line(run):
 
 
 def markdown(head, rows):
-    """Lines of a table."""
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+    """A table as text."""
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |"
+                     for row in (head, ["---"] * len(head), *rows))
 
 
 def interval_text(result):
@@ -420,7 +440,7 @@ def claims_text(runs, found, study):
     repeats = collections.Counter(run.key() for run in runs).values()
     lines = [f"{len(runs)} runs of {len(repeats)} settings, {sum(c > 1 for c in repeats)} with "
              "repeats; distances in " + ", ".join(sorted({run.space or "-" for run in runs}))
-             + ". In brackets: 95 % intervals. Definitions are in plot.py."]
+             + ". In brackets: 95 % intervals. Definitions are in claims.py."]
     lines += [f"{factor_of(name).label}: {', '.join(map(str, groups))}" + "".join(
         f"; {label_of(*pair)}" for pair in groups.fixed.items()) + (
         f" (the widest of {groups.others + 1} such slices)" if groups.others else "") + "."
@@ -433,18 +453,19 @@ def claims_text(runs, found, study):
     taus = {name: text for name, text in TAUS.items()
             if any(not math.isnan(run.onsets[name]) for run in runs)}
     exponents = [[text, *(interval_text(r) + " (borrowed)" * r.borrowed for groups in found.values()
-                          for r in [exponent(groups, runs, onset(name))])]
+                          for r in [exponent(groups, usual(runs), onset(name))])]
                  for name, text in taus.items()]
-    exponents = [row for row in exponents if {*row[1:]} != {"-"}]
+    exponents = [row for row in exponents if any(cell != "-" for cell in row[1:])]
     columns = ["run", "last_step", *(f"tau_{name}" for name in taus), "best_sw_heldout",
-               "keep_step", "last_copy_ratio", "null_copy_ratio"]
+               "best_sw_step", "hump_step", "keep_step", "last_copy_ratio", "null_copy_ratio"]
     summary = [[row[c] or "-" for c in columns] for row in map(summarize, runs)]
-    return "\n\n".join([
-        "\n\n".join(lines), "\n".join(markdown(head + ["the study's curves"] * study, rows)),
-        "Slopes of the onset of memorization, log-log, by its definition:",
-        "\n".join(markdown(["onset", *(factor_of(name).label for name in found)], exponents)),
-        "Onsets in steps (>: not reached), best fidelity (<: still improving), what to keep:",
-        "\n".join(markdown(columns, summary))]) + "\n"
+    text = [*lines, markdown(head + ["the study's curves"] * study, rows)]
+    if exponents:
+        text += ["Slopes of the onset of memorization, log-log, by its definition:",
+                 markdown(["onset", *(factor_of(name).label for name in found)], exponents)]
+    text += ["Onsets in steps (>: not reached), best fidelity (<: still improving), the peak of SW"
+             + " after it, what to keep:", markdown(columns, summary)]
+    return "\n\n".join(text) + "\n"
 
 
 def csv_bytes(rows):

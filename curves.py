@@ -193,8 +193,9 @@ def read_table(path, rename=None):
     beside, runs = read_beside(path.parent), []
     controls = read_rows(path.parent / "controls.csv")
     for head, lines in groups.items():
-        options = {k: value_of(v) for k, v in zip(heads, head, strict=True)}
-        name, set_ = str(options.pop("run", "_".join(head))), str(options.pop("set", ""))
+        texts = dict(zip(heads, head, strict=True))
+        name, set_ = texts.pop("run", "_".join(head)), texts.pop("set", "")
+        options = {k: value_of(v) for k, v in texts.items()}
         curves = {k: v for k, v in columns_of(lines, path).items()
                   if k == "step" or np.isfinite(v).any()}
         tables = {stem: mine for stem, table in beside.items()
@@ -307,9 +308,11 @@ def sweeps(runs):
     for factor in sorted(varying, key=lambda k: [*FACTORS, k].index(k)):
         slices = {}
         for run in runs:
-            values = slices.setdefault(run.key(factor), {})
-            values.setdefault(run.options[factor], []).append(run)
-        several = [v for v in slices.values() if len(v) > 1]
+            seeds = slices.setdefault(run.key(factor), {}).setdefault(run.options[factor], {})
+            if run.seed not in seeds or seeds[run.seed].last_step < run.last_step:
+                seeds[run.seed] = run               # the longest of two equal runs
+        several = [{v: [*seeds.values()] for v, seeds in values.items()}
+                   for values in slices.values() if len(values) > 1]
         if several:
             widest = max(several, key=lambda v: (len(v), sum(map(len, v.values()))))
             found[factor] = Slice(sorted(widest.items(), key=lambda item: (
@@ -415,6 +418,15 @@ def best_fidelity(run):
         return math.nan, math.nan, False
     k = int(np.argmin(distance[before]))
     return float(distance[k]), float(steps[k]), k == len(steps) - 1
+
+
+def second_peak(values, before):
+    """Where a curve of positive values turns: (index of the lowest of those where `before`, index
+    of the highest after it, the rise between them and the fall after, as factors).
+    """
+    k = int(np.argmin(np.where(before, values, np.inf)))
+    j = k + int(np.argmax(values[k:]))
+    return k, j, values[j] / values[k], values[j] / values[j:].min()
 
 
 def to_keep(run):

@@ -554,8 +554,7 @@ FIGURES = {"run", "metrics", "levels", "samples", "ratios", "film", "denoisers",
 
 def drawn_files(folder):
     """{what an earlier call may have written for a folder, its families included: its inode}."""
-    top = folder.parent if folder.parent.name == "figures" else folder
-    files = top.rglob("*.*") if top.name == "figures" else top.glob("*.*")
+    files = (folder.parent if folder.parent.name == "figures" else folder).rglob("*.*")
     return {p: p.stat().st_ino for p in files if p.name in ("claims.md", "summary.csv", "runs.csv")
             or p.suffix in (".png", ".gif") and p.stem.split("_")[0] in FIGURES}
 
@@ -563,11 +562,13 @@ def drawn_files(folder):
 def report(root, study):
     """Draw, judge and print everything below a folder; the messages of unreadable runs.
 
-    A file written anew has a new inode; what an earlier call left and this one did not is removed.
+    A file written anew has a new inode; what an earlier call left and this one did not is removed,
+    but not beside tables, from which pictures cannot be drawn again.
     """
     damaged = []
     groups = find_runs(root, damaged) if root else {Path("paper_figures"): study_runs()}
-    old = {file: inode for folder in groups for file, inode in drawn_files(folder).items()}
+    old = {file: inode for folder, runs in groups.items() if runs[0].path
+           for file, inode in drawn_files(folder).items()}
     study = study and root is not None
     for folder, runs in groups.items():
         found = sweeps(runs)
@@ -596,7 +597,8 @@ def main(argv=None):
     if not (args.root or args.paper):
         p.error("a folder, or --paper")
     for stream in (sys.stdout, sys.stderr):         # names of runs that the locale cannot print
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         damaged = report(args.root, args.paper)
     except (PlotError, OSError) as error:
