@@ -120,7 +120,7 @@ def dress(axis, title="", scale="linear", xlabel=""):
     for side in [axis.xaxis] + [axis.yaxis] * (scale == "log"):
         low, high = side.get_view_interval()
         side.set_major_locator(mpl.ticker.MaxNLocator(4) if high < 5 * low else
-                               mpl.ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+                               mpl.ticker.LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         side.set_major_formatter(lambda v, _: f"{v / 1e6:g}M" if v >= 1e6 else
                                  f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
         side.set_minor_locator(mpl.ticker.NullLocator())
@@ -237,14 +237,15 @@ def plot_hump(run, path):
     figure, axes = panels(run, [[*FOUR, "power"], ["sharpness", "contrast", "sw_replaced",
                                                    "mixture", "power"]], (16, 6.4))
     steps, values = run.column("sw_SPACE_heldout")
-    best = int(np.argmax(steps == best_fidelity(run)[1]))
-    later = np.minimum.accumulate(values[::-1])[::-1]
-    hump = best + int(np.argmax((values - np.maximum(values[best], later))[best:]))
-    power = {row["name"] or number(row["step"]): np.array(
+    places = {int(np.argmax(steps == best_fidelity(run)[1])): "best", len(steps) - 1: "end"}
+    rise = values - np.maximum(values[min(places)], np.minimum.accumulate(values[::-1])[::-1])
+    if rise[min(places):].max() > 0.1 * values[min(places)]:
+        places[min(places) + int(rise[min(places):].argmax())] = "hump"
+    power = {row.get("name") or number(row["step"]): np.array(
         [number(v) for k, v in row.items() if k.startswith("power_")])
         for row in run.tables["spectrum"]}
-    shown = [(steps[k], f"{name}: step {steps[k]:,.0f}", color, "o-") for k, name, color in zip(
-        (best, hump, -1), ("best", "hump", "end"), palette(3), strict=True) if steps[k] in power]
+    shown = [(steps[k], f"{places[k]}: step {steps[k]:,.0f}", color, "o-") for k, color in zip(
+        sorted(places), palette(len(places)), strict=True) if steps[k] in power]
     for key, label, color, line in [*shown, ("heldout", "held-out images", GREEN, "--")]:
         ratio = power[key] / power["training"]
         axes["power"].plot(np.arange(1, len(ratio)), ratio[1:], line, color=color, label=label)
@@ -288,7 +289,7 @@ def plot_copier(run, path):
             values = run.metrics.get(column.replace("SPACE", run.space))
             label = style_of(column)[2]
             if values is not None and abs(one - zero) > 0 and label in (None, "train", "held-out"):
-                far = abs(one - zero) > 0.1 * (np.nanmax(values) - np.nanmin(values))
+                far = abs(one - zero) > 0.1 * max(abs(zero), abs(one))
                 name = (f"{title} to {label}" if label else title) + ("" if far else " (*)")
                 rows.setdefault(name, (values - zero) / (one - zero) if far else values * math.nan)
     rows = dict(sorted(rows.items(), key=lambda r: max([-1, *np.flatnonzero(~(r[1] >= 0.5))])))
@@ -307,10 +308,11 @@ def plot_denoisers(run, path, levels=(1, 3, 5, 8)):
     inputs = {"path": "its own sampling path", "heldout": "noised held-out images"}
     steps = sorted({number(row["step"]) for row in rows})
     cells = np.full((len(inputs), len(names), 10, len(steps), 3), math.inf)
-    for row in [row for row in rows if row["inputs"] in inputs]:
-        place = [*inputs].index(row["inputs"]), names.index(row["reference"]), int(row["level"])
-        cells[*place, steps.index(number(row["step"]))] = [number(row[c]) for c in
-                                                           ("median", "low", "high")]
+    for row in rows:
+        if row["inputs"] in inputs and row["reference"] in names:
+            place = ([*inputs].index(row["inputs"]), names.index(row["reference"]),
+                     int(number(row["level"])), steps.index(number(row["step"])))
+            cells[place] = [number(row[column]) for column in ("median", "low", "high")]
     figure, axes = plt.subplot_mosaic([[*levels], ["path", "path", "heldout", "heldout"]],
                                       figsize=(13, 7.2))
     for level in levels:
@@ -429,8 +431,11 @@ def draw_frame(figure, run, file):
     axis = figure.add_axes((0.01, 0, 0.73, 0.9), anchor="N")
     strip(axis, file, 0, "samples")
     held = run.path / "neighbours/heldout.npz"
-    if held.exists() and "samples" in np.load(held).files:
-        strip(axis, held, 3.1, "held-out images")
+    if held.exists():
+        with np.load(held) as arrays:               # older files hold distances alone
+            shown = "samples" in arrays
+        if shown:
+            strip(axis, held, 3.1, "held-out images")
     figure.text(0.012, 0.92, f"training step {int(file.stem):,}", fontsize=12, weight="bold")
     for place, name in ((0.57, "loss"), (0.1, "copy")):
         small = figure.add_axes((0.79, place, 0.2, 0.34))
@@ -484,7 +489,7 @@ def plot_onset(factor, groups, path, runs):
 
     An arrow: the onset lies beyond. runs: all runs, for the scatter of the slope's interval.
     """
-    numbers = all(type(v) in (int, float) and v > 0 for v in groups)
+    numbers = all(type(v) in (int, float) and 0 < v < math.inf for v in groups)
     names = [name for name in TAUS if "level" not in name and any(
         math.isfinite(run.onsets[name]) for group in groups.values() for run in group)]
     figure, axis = plt.subplots(figsize=(9, 5.4))
@@ -532,7 +537,8 @@ def draw_all(runs, found, folder, study=None):
     """
     first = {}
     for run in runs:
-        data = [*run.log, *run.metrics, *run.tables, *(f"{name} control" for name in run.controls),
+        data = [*run.log, *run.metrics, *(name for name, rows in run.tables.items() if rows),
+                *(f"{name} control" for name in run.controls),
                 "neighbours" * bool(snapshot_files(run))]
         for name, draw, needs in RUN_FIGURES:
             if (name.startswith("run") or first.setdefault(run.key(), run) is run) and all(
