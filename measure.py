@@ -16,12 +16,16 @@ Sources: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" 1801.01401 (KID), "Kynk
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import inspect
+import itertools
 import logging
 import math
 import re
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +157,8 @@ def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
     draws with replacement have fewer different points. nan for n < 10.
     """
     n, groups = len(x), groups if len(x) >= groups else 0
-    member = torch.arange(n, device=x.device) % max(groups, 1)
+    # In a row, not in turn: every tenth sample may have the same class.
+    member = torch.arange(n, device=x.device) * groups // n
     total, without = 0.0, torch.zeros(groups, dtype=torch.float64)
     theta = torch.randn(projections, x.shape[1], dtype=torch.float64,
                         generator=torch.Generator().manual_seed(seed))
@@ -212,7 +217,7 @@ FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__fil
 
 
 def digest_of(*things):
-    """64 hex digits of tensors, processes, functions, what has a key, what prints as it is."""
+    """64 hex digits of tensors, processes, functions, and what prints as what it is."""
     digest = hashlib.sha256()
     for x in things:
         if isinstance(x, torch.Tensor):
@@ -1028,5 +1033,139 @@ def measure_twin(args, record, device):
           f"pairs from different noise {rows[-1]['null_agreement']:.3f}", flush=True)
 
 
+# --- The state of a sweep's runs ------------------------------------------------------------------
+
+
+def sweep_words(flag, values):
+    """For each value of an option of train.py, its words on the command line.
+
+    An option without a value takes on and off; commas separate the values of one with several.
+    """
+    defaults, key = vars(train.make_parser().parse_args([])), flag[2:].replace("-", "_")
+    if key not in defaults or not values:
+        raise InputError(f"{flag}: " + ("has no values" if key in defaults else "unknown option"))
+    is_switch = isinstance(defaults[key], bool)
+    for value in values:
+        if values.count(value) > 1 or re.match(r"0\d", value):
+            raise InputError(f"{flag} {value}: is listed twice, or starts with a 0")
+        if is_switch and value not in ("on", "off"):
+            raise InputError(f"{flag} {value}: must be on or off")
+    return [[flag] * (v == "on") if is_switch else [flag, *v.split(",")] for v in values]
+
+
+def sweep_rows(lists):
+    """The runs of a grid, {name: (words for train.py, its options)}, the longest first.
+
+    lists: what sweep.sh asks, {"TRAIN": words, "IMAGES": ["724N"], "DESIGN": ["one"], "--n":
+    values, ...}; the first value of an option is its default; the listed options name a run.
+    """
+    axes = {flag: sweep_words(flag, v) for flag, v in lists.items() if flag.startswith("--")}
+    common = [word for word in lists["TRAIN"] if [] not in axes.get(word, ())]
+    images, rows = lists["IMAGES"][0], {}
+    for choice in itertools.product(*axes.values()):
+        changed = sum(words != axes[flag][0] and flag != "--seed"
+                      for flag, words in zip(axes, choice, strict=True))
+        if changed > 1 and lists["DESIGN"] == ["one"]:
+            continue
+        named = train.make_parser().parse_args(words := list(itertools.chain(*choice)))
+        count = int(images.rstrip("N")) * (named.n if images.endswith("N") else 1)
+        if (name := train.run_name(named)) in rows:
+            raise InputError(f"{name}: two values of a list are the same")
+        words = [*common, *words, "--images", str(count)]
+        rows[name] = words, train.parse(words)
+    # A step costs about as much as its images' FLOPs plus what launching it takes.
+    return dict(sorted(rows.items(), key=lambda row: -row[1][1].steps * (
+        25600 + row[1][1].batch * row[1][1].width ** 2)))
+
+
+def is_measured(row, settings, drawing, args):
+    """Whether a row of metrics.csv is of enough samples with these settings, in the space asked."""
+    spaces = [Path(args.features or "").stem] + ["sscd"] * bool(args.sscd)
+    return (all(row.get(f"setting_{k}") == str(v) for k, v in settings.items())
+            and int(row["samples"]) >= (args.num or drawing.num)
+            and all(any(k.startswith(f"weights_{s}") and row[k] for k in row) for s in spaces))
+
+
+def sweep_state(run, options, drawing, args):
+    """(state, steps to train, snapshots to draw or measure, held-out loss, copy ratio) of a run.
+
+    options, drawing, args: of train, sample and measure.py. "done" is only this very run, trained
+    to its last step, with samples of these settings of every snapshot and the rows of metrics.csv.
+    """
+    shots = set(train.evaluation_steps(options.steps, options.evals_per_doubling,
+                                       options.first_eval))
+    if not (run / "args.json").exists():
+        return "not started", options.steps, len(shots), "-", "-"
+    record, log = train.read_run(run), train.read_csv(run / "log.csv")
+    step, process = int(log[-1]["step"]) if log else 0, train.PROCESSES[options.process]
+    other = train.differences(record, record | {"options": vars(options)})
+    other += ["data"] * (record["options"]["data"] != options.data)
+    other += [f"last step, {step}"] * (step > options.steps)
+    settings = sample.settings_of(drawing, process)
+    name, shots = sample.set_name(settings, process), shots | set(sample.snapshots(run))
+    drawn = {s for s in shots if sample.samples_path(run, name, s).exists()}
+    rows = {key[1]: row for key, (row, *_) in read_table(run / "metrics.csv").items()
+            if key[0] == name and is_measured(row, settings, drawing, args)}
+    left = len(shots - (drawn & rows.keys()))
+    state = (f"another run: {', '.join(other)}" if other else
+             f"training, step {step} of {options.steps}" if step < options.steps else
+             f"sampling, {len(drawn)} of {len(shots)}" if drawn < shots else
+             f"measuring, {len(rows)} of {len(shots)}" if left else "done")
+    return (state, max(0, options.steps - step), left,
+            f"{float(log[-1]['heldout_loss']):.4g}" if log else "-",
+            f"{float(rows[max(rows)]['copy_ratio']):.4g}" if rows else "-")
+
+
+def sweep_speed(run):
+    """(images per second, parameters) of a run that has got somewhere, else None."""
+    with contextlib.suppress(InputError, LookupError, TypeError, ValueError):
+        return (float(train.read_csv(run / "log.csv")[-1]["images_per_second"]),
+                int(train.read_run(run)["parameters"]))
+
+
+def time_steps(words, device):
+    """sweep_speed of a few steps with these words for train.py, which leave nothing behind."""
+    few = ["--steps", "16", "--first-eval", "2", "--evals-per-doubling", "1", "--eval-images", "10"]
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
+        train.main([*words[:words.index("--images")], *few, "--out", out, "--device", device])
+        return sweep_speed(Path(out))
+
+
+@train.command_line
+def sweep(argv):
+    """Answer sweep.sh: a line per run, between tabs its name, state, held-out loss, copy ratio,
+    images/s, hours left, GB of weights, and words for train.py.
+
+    argv: the runs' folder, and a device on which to time the sizes that never ran. stdin: lists.
+    """
+    lists = {}
+    for key, *values in filter(None, map(str.split, sys.stdin)):
+        if key in lists:
+            raise InputError(f"{key}: has two lists")
+        lists[key] = values
+    rows, out = sweep_rows(lists), Path(argv[0])
+    drawing, args = sample.parse(["", *lists["SAMPLE"]]), parse(["", *lists["MEASURE"]])
+    speeds = {(o.width, o.batch): speed for name, (_, o) in rows.items()
+              if (speed := sweep_speed(out / name))}
+    for name in lists["ONLY"] or rows:
+        if name not in rows:
+            raise InputError(f"--only {name}: no such run; see --list")
+        words, options = rows[name]
+        try:
+            state, steps, left, *values = sweep_state(out / name, options, drawing, args)
+        except (InputError, LookupError, TypeError, ValueError) as error:
+            state, steps, left, *values = f"unreadable, {error!r:.99}", options.steps, 0, "-", "-"
+        size = options.width, options.batch
+        if argv[1:] and state != "done" and size not in speeds:
+            speeds[size] = time_steps(words, argv[1])
+        rate, parameters = speeds.get(size, (math.nan, math.nan))
+        # Of a training step, sampling does the forward third. last.pt holds weights, average and
+        # Adam's two moments, a snapshot the average: 4 bytes per parameter each.
+        images = steps * options.batch + left * drawing.num * drawing.sampling_steps / 3
+        kept = {"all": 4 + left, "last": 5, "none": 0}[lists["KEEP"][0]]
+        numbers = f"{rate:.0f}\t{images / rate / 3600:.2f}\t{kept * 4 * parameters / 1e9:.2f}"
+        print(name, state, *values, numbers.replace("nan", "?"), " ".join(words), sep="\t")
+
+
 if __name__ == "__main__":
-    main()
+    sweep(sys.argv[2:]) if sys.argv[1:2] == ["--sweep"] else main()

@@ -275,6 +275,13 @@ def test_sliced_wasserstein_error_is_the_spread_of_fresh_draws():
     assert np.std(draws) / 2 < error < 2 * np.std(draws)
 
 
+def test_sliced_wasserstein_error_does_not_mind_the_classes_in_turn():
+    classes = 3 * gaussian(10, 5)                   # sample i is of class i % 10
+    x, y = (classes.repeat(20, 1) + gaussian(200, 5) for _ in range(2))
+    shuffled = measure.sliced_wasserstein(x[torch.randperm(200)], y[torch.randperm(200)], 100)[1]
+    assert measure.sliced_wasserstein(x, y[torch.randperm(200)], 100)[1] < 2 * shuffled
+
+
 def test_kid_equals_torch_fidelity_and_its_error_the_spread():
     from torch_fidelity.metric_kid import kid_features_to_metric
     x, y = gaussian(200, 40), gaussian(200, 40, 0.3)
