@@ -48,6 +48,9 @@ SSCD_SIZE = 288             # its authors' "small 288" transform
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 
+WRITTEN = ("metrics.csv", "controls.csv", "spectrum.csv", "duplicates.csv", "planted.csv",
+           "denoisers.csv", "twin_*.csv", "neighbours/*", "neighbours/*/*")
+
 # --- Copies: the two nearest training images ------------------------------------------------------
 
 
@@ -96,7 +99,7 @@ def two_nearest(queries, references, groups=None, exclude=None):
 def copy_ratios(distances):
     """d1/d2 of each query (Yoon; Bonnaire, arXiv 2505.17638): (Q, 2) -> (Q,) in [0, 1].
 
-    1, no copy, where both are 0 or there is no second image to compare with.
+    1, no copy, where both are 0 or there is no second image.
     """
     d1, d2 = distances.double().unbind(1)
     return torch.where((d2 > 0) & d2.isfinite(), d1 / d2, torch.ones_like(d1))
@@ -608,7 +611,8 @@ def open_samples(args, record, device, name, step):
     """The first --num samples of a snapshot, uint8 (n, S, S, C), checked; the file's Samples; and a
     digest of these samples."""
     path, shape = sample.samples_path(args.run, name, step), tuple(record["image_shape"])
-    found, num = sample.read_samples(path, train.identity(record)), args.num
+    num = None if step == "exact" else args.num
+    found = sample.read_samples(path, train.identity(record))
     images = found.images
     if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
         raise InputError(f"{path}: {images.dtype} {images.shape}, "
@@ -644,13 +648,13 @@ def measure_controls(run, subset, exact):
     """controls.csv and neighbours/CONTROL.npz. Returns {control: {metric: columns}}.
 
     heldout: the held-out images as if they were samples, what a perfect generalizer draws; where
-    there are enough, those compared are others than the reference. training: as many draws of
-    training images, a perfect memorizer's. leave_one_out: each training image among the others.
-    exact: samples of the exact denoiser, or None. Metrics are kept in the cache, which tells which
-    columns METRICS have. What the file holds of another feature space stays, if of as many.
+    there are enough, those compared are others than the reference. training: draws of training
+    images, a perfect memorizer's. leave_one_out: each training image among the others. exact:
+    samples of the exact denoiser, or None. Metrics are kept in the cache, and their columns are
+    those that METRICS have. What the file holds of another feature space stays, if of as many.
     """
-    apart = 2 * subset.most <= len(subset.heldout)
-    draws = torch.randint(len(subset.train), (subset.most,), generator=generator("cpu", "control"))
+    n, apart = len(subset.train), 2 * subset.most <= len(subset.heldout)
+    draws = torch.randint(n, (max(n, subset.most),), generator=generator("cpu", "control"))
     contexts = {"heldout": Context(subset.heldout.roll(-subset.most * apart, 0), subset,
                                    ("train", "heldout")[:1 + apart]),
                 "training": Context(subset.train[draws.to(subset.train.device)], subset),
@@ -742,7 +746,7 @@ def measure_samples(args, batch, drawn, subset, table, columns, same):
         write_neighbours(path, c, digest, step, found.labels[:len(images)])
         table[name, step] = row | same | {f"weights_{s.name}": s.digest for s in spaces}
         write()
-        print(f"{name} step {step:7d}  copies {float(row['copy_ratio']):.4f}  FID train "
+        print(f"step {step:7d}  {name}  copies {float(row['copy_ratio']):.4f}  FID train "
               f"{float(row[f'fid_{subset.space.name}_train']):.2f}  held-out "
               f"{float(row[f'fid_{subset.space.name}_heldout']):.2f}", flush=True)
     write()
@@ -829,14 +833,14 @@ def noised(process, x0, labels):
 
 
 def on_path(net, process, shape, labels):
-    """(xt, t, labels) as noised gives them, of points on the net's own way from noise to image."""
+    """(xt, t, labels) as noised gives them, of points on the net's own way to an image."""
     seen = []
 
     def watched(xt, t, wanted):
         seen.append((xt, t))
         return net(xt, t, wanted)
     sample.sample(watched, process, shape, [(0, i) for i in range(len(labels))], 2 * LEVELS,
-           clip=process.clip, labels=labels, device=labels.device)
+                  clip=process.clip, labels=labels, device=labels.device)
     xt, t = (torch.cat(part) for part in zip(*seen[1::2], strict=True))
     return xt, t, labels.repeat(LEVELS)
 
@@ -851,6 +855,8 @@ def denoiser_study(process, data, patch):
     (images, labels), (other, other_labels) = ((to_float(x).contiguous(), k) for x, k in data)
     seen = torch.isin(other_labels, labels)         # what the model has a class for
     other, other_labels = other[seen], other_labels[seen]
+    if len(other) < 2:
+        raise InputError("--denoisers: too few held-out images of the classes trained on")
     m = min(INPUTS, len(other) // 2)
     known = process, images, labels
     references = {"memorizer": sample.memorizer(*known), "gaussian": per_class(gaussian, *known),
@@ -867,8 +873,7 @@ def denoiser_study(process, data, patch):
         for kind, points in {"path": path, **fixed}.items():
             own = x0_of(net, process, *points)
             for name, reference in references.items():
-                x0 = (expected(kind, name) if kind in fixed
-                      else x0_of(reference, process, *points))
+                x0 = expected(kind, name) if kind in fixed else x0_of(reference, process, *points)
                 rms = (own - x0).square().mean((1, 2, 3)).sqrt().reshape(LEVELS, -1).flip(0)
                 for level, values in enumerate(rms):
                     low, median, high = values.quantile(values.new_tensor([.25, .5, .75])).tolist()
@@ -945,7 +950,7 @@ def main(argv=None):
     args.features = args.features or ("pixels" if small else "inception")
     torch.set_float32_matmul_precision("highest")               # no TF32: distances are small
     torch.backends.cudnn.allow_tf32 = False
-    with train.locked(args.run, "measure", "*.csv", "neighbours/*", "neighbours/*/*"):
+    with train.locked(args.run, "measure", *WRITTEN):
         stage = measure_twin if args.twin else measure_denoisers if args.denoisers else measure
         stage(args, record, device)
 
