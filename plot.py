@@ -92,9 +92,10 @@ CONTROLS = {"heldout": (GREEN, "held-out images: a perfect generalizer"),
 MARKS = {"heldout_25": (0, (1, 1.5)), "copy_01": (0, (4, 2))}       # onsets drawn in panels
 
 
-def words(text):
+def words(text, half=29):
     """A name as a figure shows it: shortened in its middle, no mathematics."""
-    return (text if len(text) <= 60 else f"{text[:29]}…{text[-29:]}").replace("$", r"\$")
+    short = text if len(text) <= 2 * half + 2 else f"{text[:half]}…{text[-half:]}"
+    return short.replace("$", r"\$")
 
 
 def palette(count):
@@ -469,7 +470,7 @@ def plot_sweep(factor, groups, path, study=None):
             dress(axis, title, kind, time)
     fixed = ", ".join(label_of(k, v) for k, v in groups.fixed.items())
     others = f"; the widest of {groups.others + 1} such sweeps" * bool(groups.others)
-    save(figure, path, words(label + f"; fixed: {fixed}" * bool(fixed) + others))
+    save(figure, path, words(label + f"; fixed: {fixed}" * bool(fixed) + others, 60))
 
 
 def draw_behind(axis, study, panel, scale):
