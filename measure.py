@@ -1,15 +1,14 @@
 """Measure every snapshot's samples: how many are copies, and how good they are.
 
     python measure.py runs/N64_w32_B16_lr1e-3_s0                # whatever is not measured yet
-    # FID as everyone reports it; downloads the network's weights, 95 MB
-    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features inception
+    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features inception        # the usual FID
     # which known denoiser does the network follow, at which step and noise?
     python measure.py runs/N64_w32_B16_lr1e-3_s0 --denoisers
 
-Writes metrics.csv (a row per snapshot), controls.csv (the same numbers of pictures known to be
-copies, and known not to be), spectrum.csv, duplicates.csv and neighbours/STEP.npz (nearest training
-images, and 64 to look at). To add a metric, write a function from a Context to columns and name it
-in METRICS: runs measured before get its columns on the next call, and keep those that they have.
+Writes metrics.csv (a row per snapshot), controls.csv (the same of pictures known to be copies, or
+known not to be), spectrum.csv, duplicates.csv, and neighbours/STEP.npz (nearest training images).
+To add a metric, write a function from a Context to columns and name it in METRICS: runs measured
+before get its columns on the next call, and keep theirs.
 
 Sources: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" 1801.01401 (KID), "Kynkaanniemi" 1904.06991
 (precision and recall), "Alaa" 2102.08921 (AuthPct), "Yoon" openreview shciCbSk9h (d1/d2 < 1/3),
@@ -17,7 +16,6 @@ Sources: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" 1801.01401 (KID), "Kynk
 """
 
 import argparse
-import ast
 import contextlib
 import functools
 import hashlib
@@ -28,7 +26,6 @@ import math
 import re
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,27 +72,23 @@ def two_nearest(queries, references, groups=None, exclude=None):
     queries (Q, ...), references (N, ...), float. groups (N,) int64: references that count as one
     image (default: each its own). exclude (Q,): the group that a query may not find, say its own.
     Returns Euclidean distances float64 (Q, 2), taken from differences, and indices int64 (Q, 2);
-    inf and -1 where there is none. Raises InputError on a number that is not finite.
+    inf and -1 where there is none.
     """
     q, r = queries.flatten(1), references.flatten(1)
-    if not all(torch.stack(torch.aminmax(x)).isfinite().all() for x in (q, r)):
-        raise InputError("two_nearest: the images hold numbers that are not finite")
     groups = torch.arange(len(r), device=r.device) if groups is None else groups
     indices, start = [], 0
     for squared in squared_distances(q, r):
         if exclude is not None:
             squared[groups == exclude[start:start + len(squared), None]] = math.inf
         start += len(squared)
-        value, first = squared.min(1)
-        squared[groups == groups[first, None]] = math.inf
-        value2, second = squared.min(1)
-        indices.append(torch.stack([first, second], 1).masked_fill(
-            torch.stack([value, value2], 1) == math.inf, -1))
+        first = squared.min(1)
+        squared[groups == groups[first.indices, None]] = math.inf
+        indices.append(torch.stack([
+            torch.where(nearest.values.isfinite(), nearest.indices, -1)
+            for nearest in (first, squared.min(1))], 1))
     indices = torch.cat(indices)
-    distances = torch.stack([
-        torch.cat([(a.double() - r[i].double()).norm(dim=1)
-                   for a, i in zip(q.split(512), column.split(512), strict=True)])
-        for column in indices.T], 1).masked_fill_(indices < 0, math.inf)
+    distances = torch.cat([(a[:, None].double() - r[i].double()).norm(dim=2) for a, i in zip(
+        q.split(256), indices.split(256), strict=True)]).masked_fill_(indices < 0, math.inf)
     distances, order = distances.sort(1)        # rounding may have swapped two that nearly tie
     return distances, indices.gather(1, order)
 
@@ -225,6 +218,44 @@ def precision_recall(samples, real, k=3):
     return inside(samples, real), inside(real, samples)
 
 
+# --- Caches: kept in data/cache under what they are made of ---------------------------------------
+
+say_once = functools.cache(functools.partial(print, flush=True))
+FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
+
+
+def digest_of(*things):
+    """64 hex digits of tensors, processes, functions, and what prints as what it is."""
+    digest = hashlib.sha256()
+    for x in things:
+        if isinstance(x, torch.Tensor):
+            digest.update(x.contiguous().cpu().numpy())
+        text = ((x.shape, x.dtype) if isinstance(x, torch.Tensor)
+                else train.fingerprint(x) if isinstance(x, train.Process)
+                else inspect.getsource(x) if inspect.isroutine(x) else getattr(x, "key", x))
+        digest.update(repr(text).encode())
+    return digest.hexdigest()
+
+
+def cached(function, *things, made_by=FILES):
+    """function(*things), kept in data/cache: tensors, which may come back on the CPU, or numbers.
+
+    Under what it is made of: the things, and the code, which is all of it unless `made_by` says
+    less. The file says so, too; one that says otherwise, or is damaged, is made anew.
+    """
+    key = digest_of(made_by, getattr(function, "__name__", ""), *things)
+    path = Path(f"data/cache/{key[:32]}.pt")
+    try:
+        return train.load_checkpoint(path, key, 0)["value"]
+    except InputError:
+        value = function(*things)
+    try:
+        train.save(path, {"run": key, "step": 0, "value": value})
+    except OSError:
+        say_once("data/cache: cannot be written, so nothing is kept there")
+    return value
+
+
 # --- Features -------------------------------------------------------------------------------------
 
 
@@ -234,12 +265,13 @@ class Space(NamedTuple):
     extract: Callable
     digest: str = "none"            # of the network's file, where there is one
 
-    key = property(lambda s: (s.name, s.digest, source(load_space), source(load_sscd)))
+    key = property(lambda s: digest_of(s.name, s.digest, network_features, inception_net))
 
-
-def extract(space, images):
-    """Features of images, as a function that can be cached."""
-    return space.extract(images)
+    def of_real(self, images):
+        """extract, through the cache where a network is asked."""
+        if self.name == "pixels":
+            return self.extract(images)
+        return cached(self.extract, images, made_by=self.key).to(images.device)
 
 
 def pixel_features(images):
@@ -356,60 +388,6 @@ def load_space(name, weights, device):
         "--features", name, device)
 
 
-# --- Caches: kept in data/cache under what they are made of ---------------------------------------
-
-say_once = functools.cache(functools.partial(print, flush=True))
-
-
-@functools.cache
-def source(function):
-    """The source code of a function or class, and of all of this project that it names."""
-    found, todo = {}, [function]
-    while todo:
-        one = inspect.unwrap(todo.pop())
-        if one in found or one.__module__ not in (function.__module__, __name__, "train", "sample"):
-            continue
-        text, scope = textwrap.dedent(inspect.getsource(one)), vars(inspect.getmodule(one))
-        nodes = list(ast.walk(ast.parse(text)))
-        values = [scope.get(name) for name in sorted({
-            n.id for n in nodes if isinstance(n, ast.Name)})]
-        values += [getattr(scope.get(n.value.id), n.attr, None) for n in nodes
-                   if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
-        todo += [v for v in values if inspect.isfunction(v) or inspect.isclass(v)]
-        found[one] = text + str([v for v in values if isinstance(v, int | float)])
-    return "".join(found.values())
-
-
-def digest_of(*things):
-    """64 hex digits of tensors, noise processes, and what has a `key` or prints as what it is."""
-    digest = hashlib.sha256()
-    for x in things:
-        tensor = isinstance(x, torch.Tensor)
-        text = train.fingerprint(x) if isinstance(x, train.Process) else getattr(x, "key", x)
-        digest.update(repr((x.shape, x.dtype) if tensor else text).encode())
-        digest.update(x.contiguous().cpu().numpy() if tensor else b"")
-    return digest.hexdigest()
-
-
-def cached(function, *things):
-    """function(*things), tensors (then on the CPU) or numbers, kept in data/cache under what it is made of.
-
-    That is, the source code of the function and of all that it calls, and the things; the file
-    says so, too, and carries checksums: one that does not fit, or is damaged, is made anew.
-    """
-    key = digest_of(source(function), *things)
-    path = Path(f"data/cache/{key[:32]}.pt")
-    try:
-        return train.load_checkpoint(path, key, 0)["value"]
-    except InputError:
-        value = function(*things)
-    try:
-        train.save(path, {"run": key, "step": 0, "value": value})
-    except OSError:
-        say_once("data/cache: cannot be written, so nothing is kept there")
-    return value
-
-
 # --- What a metric sees ---------------------------------------------------------------------------
 
 
@@ -447,12 +425,9 @@ class Subset:
     @functools.cached_property
     def references(self):
         """Features of real images: {"train", "heldout", "sscd"}, float (n, D)."""
-        def features(space, images):
-            if space is None or space.name == "pixels":
-                return space and space.extract(images)
-            return cached(extract, space, images).to(images.device)
-        return {"train": features(self.space, self.train), "sscd": features(self.sscd, self.train),
-                "heldout": features(self.space, self.heldout[:self.most])}
+        return {"train": self.space.of_real(self.train),
+                "heldout": self.space.of_real(self.heldout[:self.most]),
+                "sscd": self.sscd and self.sscd.of_real(self.train)}
 
 
 @dataclass
@@ -469,7 +444,7 @@ class Context:
     distances = property(lambda c: c.neighbours[0][:, 0])       # to the nearest training image
     nearest = property(lambda c: c.neighbours[1][:, 0])         # its index
     ratios = functools.cached_property(lambda c: copy_ratios(c.neighbours[0]))      # d1/d2
-    key = property(lambda c: digest_of(c.images, c.nearest, c.splits, c.subset, source(Context)))
+    key = property(lambda c: digest_of(c.images, c.nearest, c.splits, c.subset))
 
 
 # --- Metrics: functions from a Context to columns -------------------------------------------------
@@ -675,35 +650,41 @@ def has_neighbours(path, digest, step):
         return False
 
 
-def measure_controls(run, subset, exact):
-    """controls.csv: pictures known to be copies, and known not to be. Returns {control: columns}.
+def control_contexts(subset, exact):
+    """Pictures known to be copies, and known not to be: {name: (Context, its metrics)}.
 
     heldout: the held-out images as if they were samples, what a perfect generalizer draws; where
     there are enough, those compared are others than the reference. training: as many draws of
     training images, a perfect memorizer's. leave_one_out: each training image among the others.
-    exact: samples of the exact denoiser, or None. Kept in the cache, by metric; this is how one
-    knows which columns each metric of METRICS has.
+    exact: samples of the exact denoiser, or None.
     """
     apart = 2 * subset.most <= len(subset.heldout)
+    heldout = (Context(subset.heldout.roll(-subset.most, 0), subset) if apart
+               else Context(subset.heldout, subset, splits=("train",)))
     draws = torch.randint(len(subset.train), (subset.most,), generator=generator("cpu", "control"))
     others = Context(subset.train, subset)
     others.neighbours = subset.own
-    contexts = {
-        "heldout": (Context(subset.heldout.roll(-subset.most, 0), subset) if apart
-                    else Context(subset.heldout, subset, ("train",)), METRICS),
-        "training": (Context(subset.train[draws.to(subset.train.device)], subset), METRICS),
-        "leave_one_out": (others, (copying, nearest_rms)),
-        **({} if exact is None else {"exact": (Context(exact, subset), METRICS)})}
+    contexts = {"heldout": (heldout, METRICS), "leave_one_out": (others, (copying, nearest_rms)),
+                "training": (Context(subset.train[draws.to(subset.train.device)], subset), METRICS)}
+    return contexts | ({} if exact is None else {"exact": (Context(exact, subset), METRICS)})
+
+
+def measure_controls(run, contexts, subset):
+    """controls.csv and neighbours/CONTROL.npz. Returns {control: {metric: columns}}.
+
+    Kept in the cache, by metric: this is how one knows which columns METRICS have. What the file
+    holds in another feature space, of as many pictures, stays.
+    """
+    old, rows = {row.get("name"): row for row in train.read_csv(run / "controls.csv")}, []
     found = {name: {metric: cached(metric, c) for metric in metrics}
              for name, (c, metrics) in contexts.items()}
-    write_table(run / "controls.csv", [
-        {"name": name, "images": len(contexts[name][0].images)}
-        | {k: v for row in rows.values() for k, v in row.items()} for name, rows in found.items()])
     for name, (c, _) in contexts.items():
+        row = {"name": name, "images": len(c.images), "compared": c.count}
+        same = all(str(value) == old.get(name, {}).get(key) for key, value in row.items())
+        rows.append(functools.reduce(dict.__or__, found[name].values(),
+                                     row | (old[name] if same else {})))
         write_neighbours(run / f"neighbours/{name}.npz", c)
-    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in
-                                       enumerate(subset.groups.tolist()) if g != i],
-              columns=("image", "duplicate_of"))
+    write_table(run / "controls.csv", rows)
     return found
 
 
@@ -716,62 +697,79 @@ def missing(row, digest, columns, spaces):
     return row, [m for m, names in columns.items() if not all(row.get(name) for name in names)]
 
 
+def open_all(args, record, device):
+    """{(set, step): open_samples of it}, and the samples of the exact denoiser, or None."""
+    read = functools.partial(open_samples, args, record, device)
+    sets = sample.sample_sets(args.run)
+    drawn = {(name, step): read(name, step) for name, steps in sets.items() for step in steps}
+    if not drawn:
+        raise InputError(f"{args.run}: no samples to measure; run sample.py {args.run} first")
+    exact = [name for name in sets if sample.samples_path(args.run, name, "exact").exists()]
+    return drawn, read(exact[0], "exact")[0] if exact else None
+
+
 @torch.inference_mode()
 def measure(args, record, device):
     """All tables of a run. What is done is skipped, snapshot by snapshot and metric by metric."""
-    run, options, drawn, spectra = args.run, record["options"], {}, []
-    sets = sample.sample_sets(run)
-    if not sets:
-        raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
-    read = functools.partial(open_samples, args, record, device)
-    for key in [(name, step) for name, steps in sets.items() for step in steps]:
-        images, _, digest = read(*key)
-        drawn[key] = digest, len(images)
-        spectra.append({"name": "", "set": key[0], "step": key[1], **power_spectrum(images)})
+    run, options = args.run, record["options"]
+    drawn, exact = open_all(args, record, device)
     table = {key: rows[0] for key, rows in read_table(run / "metrics.csv").items()}
-    exact = [read(name, "exact")[0] for name in sets
-             if sample.samples_path(run, name, "exact").exists()]
     spaces = [load_space(args.features, args.weights, device)]
     spaces += [load_sscd(args.sscd, device)] if args.sscd else []
     data = train.load_subset(run, record, args.data)
-    subset = Subset(data, options["flip"], device, *spaces, most=max(n for _, n in drawn.values()))
-    controls = measure_controls(run, subset, next(iter(exact), None))
-    write_table(run / "spectrum.csv", spectra + [
-        {"name": name, **power_spectrum(images)}
-        for name, images in (("heldout", subset.heldout), ("training", subset.train))])
+    subset = Subset(data, options["flip"], device, *spaces,
+                    most=max(len(images) for images, _, _ in drawn.values()))
+    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in
+                                       enumerate(subset.groups.tolist()) if g != i],
+              columns=("image", "duplicate_of"))
+    write_table(run / "spectrum.csv", [
+        {"name": "", "set": name, "step": step, **power_spectrum(images)}
+        for (name, step), (images, _, _) in drawn.items()] + [
+        {"name": "heldout", **power_spectrum(subset.heldout)},
+        {"name": "training", **power_spectrum(subset.train)}])
+    controls = measure_controls(run, control_contexts(subset, exact), subset)
     floor = cached(loss_floor, train.PROCESSES[options["process"]], *train.data_on(
         device, data, record["classes"])["train"], options["eval_images"])
-    same = {f"floor_level{k}": f"{value:.8g}" for k, value in enumerate(floor)} | {
-        f"null_{k}": v for columns in controls["heldout"].values() for k, v in columns.items()
-        if k.startswith(NULLS)}
-    todo = {}
-    for key, (digest, _) in drawn.items():
-        row, lacking = missing(table.get(key, {}), digest, controls["training"], spaces)
-        table[key] = row | same if row else {}
-        path = run / "neighbours" / key[0] / f"{key[1]:07d}.npz"
-        if lacking or not has_neighbours(path, digest, key[1]):
-            todo[key] = lacking, path
-    print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
-          f"{', '.join(s.name for s in spaces)}, on {device}", flush=True)
-    for key, (lacking, path) in todo.items():
-        images, samples, digest = read(*key)
-        c = Context(images, subset)
-        row = {"set": key[0], "step": key[1], "images": key[1] * options["batch"],
-               "samples": len(images), "samples_digest": digest,
-               **{f"setting_{k}": v for k, v in samples.settings.items()},
-               "out_of_range": samples.out_of_range} | table[key]
-        for metric in lacking:
-            row |= metric(c)
-        write_neighbours(path, c, digest, key[1], samples.labels[:len(images)])
-        table[key] = row | same | {f"weights_{s.name}": s.digest for s in spaces}
-        write_table(run / "metrics.csv", [table[k] for k in sorted(table) if table[k]])
-        print(f"{key[0]} step {key[1]:7d}  copies {float(row['copy_ratio']):.4f}  FID train "
-              f"{float(row[f'fid_{spaces[0].name}_train']):.2f}  held-out "
-              f"{float(row[f'fid_{spaces[0].name}_heldout']):.2f}", flush=True)
-    write_table(run / "metrics.csv", [table[k] for k in sorted(table) if table[k]])
+    same = {f"null_{k}": v for columns in controls["heldout"].values() for k, v in columns.items()
+            if k.startswith(NULLS)} | {f"floor_level{k}": v for k, v in enumerate(floor)}
+    measure_samples(args, options["batch"], drawn, subset, table, controls["training"], same)
     if args.planted:
         write_csv(run / "planted.csv", planted_rows(subset))
         print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
+
+
+def measure_samples(args, batch, drawn, subset, table, columns, same):
+    """metrics.csv and neighbours/[SET/]STEP.npz of the samples that lack any of the columns.
+
+    columns: {metric: its columns}; same: columns that are the same in all rows.
+    """
+    run, spaces, todo = args.run, [s for s in (subset.space, subset.sscd) if s], []
+    for (name, step), (_, _, digest) in drawn.items():
+        row, lacking = missing(table.get((name, step), {}), digest, columns, spaces)
+        table[name, step] = row | same if row else {}
+        path = run / "neighbours" / name / f"{step:07d}.npz"
+        if lacking or not has_neighbours(path, digest, step):
+            todo.append((name, step, lacking, path))
+    print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
+          f"{', '.join(s.name for s in spaces)}, on {subset.train.device}", flush=True)
+
+    def write():
+        write_table(run / "metrics.csv", [table[key] for key in sorted(table) if table[key]])
+    for name, step, lacking, path in todo:
+        images, found, digest = drawn[name, step]
+        c = Context(images, subset)
+        row = {"set": name, "step": step, "images": step * batch, "samples": len(images),
+               "samples_digest": digest, **{f"setting_{k}": v for k, v in found.settings.items()},
+               "out_of_range": found.out_of_range} | table[name, step]
+        for metric in lacking:
+            row |= metric(c)
+        write_neighbours(path, c, digest, step, found.labels[:len(images)])
+        table[name, step] = row | same | {f"weights_{s.name}": s.digest for s in spaces}
+        write()
+        print(f"{name} step {step:7d}  copies {float(row['copy_ratio']):.4f}  FID train "
+              f"{float(row[f'fid_{subset.space.name}_train']):.2f}  held-out "
+              f"{float(row[f'fid_{subset.space.name}_heldout']):.2f}", flush=True)
+    write()
 
 
 # --- Which known denoiser does the network follow? ------------------------------------------------
@@ -918,7 +916,7 @@ def measure_denoisers(args, record, device):
     net = sample.load_net(run, record, device)
     for step in steps:
         made_of = digest_of((run / f"snapshots/{step:07d}.pt").read_bytes(), train.identity(record),
-                            source(denoiser_study), args.patch)[:8]
+                            args.patch, gaussian, local, per_class, denoiser_study)[:8]
         if [row.get("made_of") for row in table.get(("", step), [])] == [made_of] * 12 * LEVELS:
             continue
         sample.load_ema(net, run, record, step)
@@ -935,25 +933,24 @@ def parse(argv):
     """The options. Raises InputError on values that make no sense."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("run", type=Path, help="run folder, trained and sampled")
-    p.add_argument("--features", help="space of FID, KID, SW, precision and recall: inception, "
-                   "pixels, or a network (B, 3, H, W) in [0, 1] -> (B, D), saved by torch.export "
-                   "(.pt2) or as TorchScript: it runs what its maker put in, so only a trusted one "
-                   "(inception for colour pictures of 32 pixels or more but toys, else pixels)")
-    p.add_argument("--weights", help="file of the FID Inception weights (downloaded)")
-    p.add_argument("--sscd", help="file of an SSCD model, like --features': adds the study's score")
-    p.add_argument("--denoisers", action="store_true", help="which known denoiser does the network "
-                   "follow? Into denoisers.csv, from the snapshots alone, and nothing else")
-    p.add_argument("--patch", type=int, default=3, help="pixels across of the local denoiser's "
-                   "neighbourhood, odd")
-    p.add_argument("--twin", type=Path, help="run trained on other images (--offset): compare the "
-                   "two models' samples from the same noise, into twin_NAME.csv, and nothing else")
-    p.add_argument("--planted", action="store_true", help="also measure planted copies of the "
-                   "training images, into planted.csv: what each measure of copying catches")
-    p.add_argument("--num", type=int, help="samples per snapshot (all there are); another number "
-                   "than before measures anew")
-    p.add_argument("--data", help="where the training images are, if not where train.py found them")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add = p.add_argument
+    add("run", type=Path, help="run folder, trained and sampled")
+    add("--features", help="space of FID, KID, SW, precision and recall: inception, pixels, or a "
+        "network (B, 3, H, W) in [0, 1] -> (B, D) saved by torch.export (.pt2) or as TorchScript; "
+        "it runs what its maker put in, so only a trusted one (inception for colour pictures of 32 "
+        "pixels or more that are no toys, else pixels)")
+    add("--weights", help="file of the FID Inception weights (downloaded)")
+    add("--sscd", help="file of an SSCD model, as --features takes: adds the study's own score")
+    add("--num", type=int, help="samples per snapshot (all); another number measures anew")
+    add("--planted", action="store_true", help="also measure planted copies of the training "
+        "images, into planted.csv: what each measure of copying catches")
+    add("--denoisers", action="store_true", help="only ask which known denoiser the network "
+        "follows, into denoisers.csv, from the snapshots alone")
+    add("--patch", type=int, default=3, help="width of the local denoiser's patches, odd")
+    add("--twin", type=Path, help="run trained on other images (--offset): only compare the two "
+        "models' samples from the same noise, into twin_NAME.csv")
+    add("--data", help="where the training images are, if not where train.py found them")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = p.parse_args(argv)
     if args.num is not None and args.num < 1:
         raise InputError(f"--num {args.num}: must be at least 1")

@@ -40,8 +40,10 @@ from train import (
     load_subset,
     locked,
     pick_device,
+    read_npz,
     read_run,
     reading,
+    send,
     to_float,
     write_atomic,
 )
@@ -99,9 +101,9 @@ def sample(net, process, shape, seeds, steps, eta=0.0, clip=False, labels=None, 
 
     def noise():
         z = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        return z.to(device, memory_format=torch.channels_last)
+        return send(z, device, memory_format=torch.channels_last)
     times = sampling_times(process, steps)
-    on_device = times.to(device)                        # for the net; the arithmetic needs no copy
+    on_device = send(times, device)                     # for the net; the arithmetic needs no copy
     x = noise()
     for k, (t, t_next) in enumerate(itertools.pairwise(times)):
         prediction = net(x, on_device[k].expand(len(x)), labels).float()
@@ -208,15 +210,19 @@ def write_samples(path, images, labels, settings, out_of_range, run):
 def read_samples(path, run=None):
     """The Samples of a file. Raises InputError: damaged, renamed, or of another run (an identity).
     """
-    with reading(path, "delete it and run sample.py again"), np.load(path) as archive:
-        if "made_by" in archive.files:
-            made = json.loads(str(archive["made_by"]))
-            outside = float(archive["out_of_range"])
+    with reading(path, "delete it and run sample.py again"):
+        arrays = read_npz(path)
+        if "made_by" in arrays:
+            made = json.loads(str(arrays["made_by"]))
+            outside = float(arrays["out_of_range"])
         else:                                           # before there was clipping
-            made = {"settings": json.loads(str(archive["settings"])) | {"clip": False}}
+            made = {"settings": json.loads(str(arrays["settings"])) | {"clip": False}}
             outside = float("nan")
-        found = Samples(archive["images"], archive["labels"], made["settings"], outside,
+        found = Samples(arrays["images"], arrays["labels"], dict(made["settings"]), outside,
                         made.get("name", path.stem))
+        if (found.images.dtype != np.uint8 or found.images.ndim != 4
+                or found.labels.shape != found.images.shape[:1]):
+            raise ValueError("images or labels of another kind")
     if found.name != path.stem or made.get("run", run) != (run or made.get("run")):
         raise InputError(f"{path}: holds samples of another run or step ({found.name}); "
                          "delete it and run sample.py again")
@@ -330,7 +336,8 @@ def draw(args, net, process, settings, record, device, name):
             # What is compiled for one shape serves the last batch, too, if that is full.
             full = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
             index = range(first, first + batch if full else min(first + batch, args.num))
-            label = labels[index.start:index.stop].to(device) if record["classes"] else None
+            label = (send(labels[index.start:index.stop], device) if record["classes"]
+                     else None)
             x, out = sample(net, process, (C, H, W), [(settings["seed"], i) for i in index],
                             settings["sampling_steps"], settings["eta"], settings["clip"], label,
                             device, bar.update)

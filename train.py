@@ -23,7 +23,6 @@ import io
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -452,13 +451,12 @@ def evaluate(net, process, images, labels, count, amp="auto"):
     order = torch.randperm(count, generator=generator("cpu", "evaluation", count))
     u = (order + 0.5) / count                           # one t in each of `count` slices of [0, 1]
     for block, index in enumerate(torch.arange(count).split(256)):
-        x0 = to_float(images[(index % n).to(device, non_blocking=True)])
-        eps = torch.empty(x0.shape, pin_memory=device.type == "cuda").normal_(
-            generator=generator("cpu", "evaluation", block)).to(device, non_blocking=True)
+        mine = send(index % n, device)
+        x0, t = to_float(images[mine]), send(process.snap(u[index]), device)
+        eps = send(torch.randn(x0.shape, generator=generator("cpu", "evaluation", block)), device)
         with autocast(device, amp):
-            losses.append(diffusion_loss(
-                net, process, x0, process.snap(u[index]).to(device, non_blocking=True), eps,
-                None if labels is None else labels[(index % n).to(device, non_blocking=True)]))
+            losses.append(diffusion_loss(net, process, x0, t, eps,
+                                         None if labels is None else labels[mine]))
     losses = torch.cat(losses).double().cpu().numpy()
     level = np.minimum((u.numpy() * LEVELS).astype(int), LEVELS - 1)
     return losses.mean(), (np.bincount(level, losses, LEVELS)
@@ -560,8 +558,8 @@ def _digits():
 
 def _read_npz(path):
     """The four arrays of an .npz file, checked; raises InputError naming the file and the key."""
-    with reading(f"--data {path}"), np.load(path) as archive:
-        arrays = {key: archive[key] for key in KEYS if key in archive.files}
+    with reading(f"--data {path}"):
+        arrays = read_npz(path, KEYS)
     for key in KEYS:
         if key not in arrays:
             raise InputError(f"--data {path}: key {key!r} is missing (needs {', '.join(KEYS)})")
@@ -619,8 +617,8 @@ def load_data(name, n, size=None, offset=0):
         raise InputError(f"--n {n}: needs at least 2 training images")
     if offset < 0:
         raise InputError(f"--offset {offset}: must be 0 or more")
-    if size is not None and size < 4:
-        raise InputError(f"--size {size}: must be at least 4")
+    if size is not None and not 4 <= size <= (largest := 128 if name == "toy" else 1024):
+        raise InputError(f"--size {size}: must be 4 to {largest}")
     if name == "toy":
         if offset + n > 10**6:
             raise InputError(f"--n {n}: with --offset {offset}, toy has only 1,000,000 images")
@@ -647,13 +645,14 @@ def load_data(name, n, size=None, offset=0):
 def load_subset(run, record, data=None):
     """The Data that a run was trained on, checked by its hash; `data`: another place of it.
 
-    Raises InputError where the images are others.
+    Raises InputError where the images, or the held-out ones, are others.
     """
     options = record["options"]
     loaded = load_data(data or options["data"], options["n"], options["size"], options["offset"])
-    if hash_of(*loaded[:2]) != record["subset_sha256"]:
-        raise InputError(f"--data {data or options['data']}: not the images that {run} "
-                         "was trained on")
+    for images, key, words in ((loaded[:2], "subset_sha256", "was trained on"),
+                               (loaded[2:], "heldout_sha256", "held out")):
+        if record.get(key) not in (None, hash_of(*images)):
+            raise InputError(f"--data {data or options['data']}: not the images that {run} {words}")
     return loaded
 
 
@@ -736,10 +735,14 @@ def parse(argv):
     args = make_parser().parse_args(argv)
     if args.steps is not None and args.images is not None:
         raise InputError("--steps and --images: give one of them")
-    for name in ("batch", "steps", "images", "evals_per_doubling", "first_eval", "lr"):
+    for name, limit in {"batch": 1e15, "steps": 1e15, "images": 1e15, "first_eval": 1e15,
+                        "evals_per_doubling": 1e3, "eval_images": 1e8, "lr": math.inf}.items():
         value = getattr(args, name)
-        if value is not None and not 0 < value < (math.inf if name == "lr" else 10**15):
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        if value is not None and not 0 < value < limit:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below "
+                             f"{limit:g}")
+    if not args.save_minutes >= 0:
+        raise InputError(f"--save-minutes {args.save_minutes}: must be 0 or more")
     if not 0 <= args.ema < 1:
         raise InputError(f"--ema {args.ema}: must be at least 0 and below 1")
     if not 0 <= args.seed < 2**63:
@@ -786,6 +789,9 @@ def check_unet(width, mults, blocks, attention, embed, size):
     """The set of levels with attention. Raises InputError where the sizes do not fit."""
     if width < 1 or blocks < 1 or not mults or min(mults) < 1:
         raise InputError("--width, --blocks and each of --mults must be at least 1")
+    if max(width * max(mults), embed) > 2**16 or blocks > 2**8:
+        raise InputError("--width, --mults, --embed, --blocks: more than 65,536 channels, or more "
+                         "than 256 blocks")
     if embed < 2 or embed % 2:
         raise InputError(f"--embed {embed}: must be an even number")
     attention = set(range(1, len(mults)) if attention is None else attention)
@@ -842,7 +848,7 @@ class State:
     def announce(self, out, record):
         """Write args.json where it says something else, and log.csv as last.pt knows it."""
         if not (out / "args.json").exists() or read_run(out)["options"] != record["options"]:
-            write_json(out / "args.json", record)
+            write_json(out / "args.json", record | {"checksum": checksum(record)})
         if self.rows:
             write_csv(out / "log.csv", self.rows)
 
@@ -892,13 +898,13 @@ def read_run(run):
         raise InputError(f"{run}: not a run folder (it has no args.json)")
     with reading(path, "not written by train.py"):
         record = json.loads(path.read_text())
+        if record.pop("checksum", None) not in (None, checksum(record)):
+            raise InputError(f"{path}: changed since train.py wrote it; undo that or, if it is "
+                             "meant, remove its checksum")
         options = vars(make_parser().parse_args([])) | record["options"]
-        record |= {"options": options, "free": FREE}
-        record.setdefault("labels", list(range(record["classes"])))
-        size, _, channels = record["image_shape"]
-        if not (isinstance(record["subset_sha256"], str) and isinstance(options["steps"], int)
-                and isinstance(record["classes"], int) and size > 0 and channels in (1, 3)):
-            raise ValueError("fields of another kind")
+        record |= {"options": options, "free": FREE,
+                   "labels": record.get("labels", list(range(record["classes"])))}
+        check_record(record)
         known = PROCESSES.get(options["process"])
     if known is None:
         raise InputError(f"{path}: --process {options['process']} is none that train.py knows")
@@ -906,6 +912,28 @@ def read_run(run):
         raise InputError(f"{path}: --process {options['process']} computes something else today "
                          "than when this run was trained")
     return record
+
+
+def checksum(record):
+    """SHA-256 of what args.json holds beside it, so that a change does not pass unnoticed."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def check_record(record):
+    """Raise nearly anything where an option or a field has another type than train.py gives it."""
+    for action in make_parser()._actions[1:]:                       # the first is --help
+        value, kind = record["options"][action.dest], action.type or str
+        kinds = {bool} if action.nargs == 0 else {int, float} if kind is float else {kind}
+        values = value if action.nargs in ("+", "*") and value is not None else [value]
+        if not ({type(v) for v in values} <= kinds or value is action.default is None):
+            raise ValueError(f"{action.dest}: {value}")
+    shape, classes, labels = (record[key] for key in ("image_shape", "classes", "labels"))
+    numbers = {type(v) for v in (*shape, *labels, classes, record["options"]["steps"])}
+    if not (numbers == {int} and shape[0] == shape[1] in range(4, 2**16) and shape[2:] in ([1], [3])
+            and min(labels, default=0) >= 0 and (not classes or max(labels) < classes <= 10**4)
+            and isinstance(record["subset_sha256"], str)
+            and isinstance(record.get("defaults", {}), dict)):
+        raise ValueError("fields of another kind")
 
 
 def differences(old, new):
@@ -920,7 +948,7 @@ def differences(old, new):
 
 def identity(record):
     """16 hex digits of what makes a run this run: its options, images and noise process."""
-    defaults = vars(make_parser().parse_args([]))
+    defaults = vars(make_parser().parse_args([])) | record.get("defaults", {})
     parts = {k: v for k, v in record["options"].items()
              if k not in (*FREE, "data") and v != defaults.get(k)}
     text = json.dumps([parts, record["subset_sha256"], record["options"]["process"]],
@@ -979,11 +1007,9 @@ def load_checkpoint(path, run=None, step=None):
     another run or step.
     """
     with reading(path, DELETE_ADVICE):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("wrong checksum")
+        check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state.get("run", run), state["step"]
+        found = state.get("run", run), int(state["step"])
     if found != (run or found[0], found[1] if step is None else step):
         raise InputError(f"{path}: belongs to another run or step (step {found[1]}); "
                          f"{DELETE_ADVICE}")
@@ -1042,6 +1068,12 @@ def check_finite(meter, net, step, kept):
                                  f"{state}. A lower --lr usually helps")
 
 
+def send(x, device, **more):
+    """A copy of the CPU tensor x on the device, which the host does not wait for."""
+    pinned = x.pin_memory() if torch.device(device).type == "cuda" else x
+    return pinned.to(device, non_blocking=True, **more)
+
+
 def pick_device(name):
     """torch.device of auto, cpu, cuda or cuda:K. Raises InputError where there is no such one."""
     if name == "auto":
@@ -1063,10 +1095,12 @@ def join_processes(device):
     On CUDA each process of a machine takes the device of its LOCAL_RANK. Raises InputError.
     """
     world = os.environ.get("WORLD_SIZE", "1")
-    if not world.isdigit():
-        raise InputError(f"WORLD_SIZE={world}: must be a whole number, as torchrun sets it")
-    if int(world) == 1:
+    if world == "1":
         return device, 0, 1
+    others = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not (world.isdecimal() and int(world) and all(map(os.environ.get, others))):
+        raise InputError(f"WORLD_SIZE={world}: must be a whole number, and {', '.join(others)} be "
+                         "set, too, as torchrun sets them")
     if device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
@@ -1094,15 +1128,9 @@ def autocast(device, amp="auto"):
 
 
 def compiled(net, device, choice, **more):
-    """The net, through torch.compile where --compile and the device say so; `more` goes there.
-
-    Raises InputError where a CPU has no C++ compiler.
-    """
+    """The net, through torch.compile where --compile and the device say so; `more` goes there."""
     if choice == "off" or (choice == "auto" and device.type == "cpu"):
         return net
-    if device.type == "cpu" and not any(map(shutil.which, (
-            os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise InputError("--compile on: a CPU needs a C++ compiler (g++ or clang++) for it")
     return torch.compile(net, fullgraph=True, dynamic=False, **more)
 
 
@@ -1120,6 +1148,8 @@ def wrap(net, args, device, world):
 def setup_cuda():
     """The same bits every time on one machine, and TF32 for what autocast leaves in float32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Else torch.compile may choose, by timing, another order of summation after a restart.
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     # Not warn_only: attention's backward pass is the deterministic one only if this is strict.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -1140,6 +1170,20 @@ class InputError(ValueError):
     """Something the user gave is wrong: one line that names the flag or file and what is wrong."""
 
 
+# What a GPU raises at whatever line the program has come to by then.
+DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
+
+def out_of_memory(error):
+    """Whether memory has run out: "GPU", "CPU" or "". Torch says so in several ways."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "CPU"
+    full = isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error)
+                                             or "STATUS_ALLOC_FAILED" in str(error)))
+    return "GPU" if full else ""
+
+
 @contextlib.contextmanager
 def reading(what, advice=""):
     """Turn whatever goes wrong in a block that reads a file into one InputError line.
@@ -1149,12 +1193,13 @@ def reading(what, advice=""):
     """
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError,
-            getattr(torch, "AcceleratorError", MemoryError)):
+    except (InputError, *DEVICE_ERRORS):
         raise
     except FileNotFoundError:
         raise InputError(f"{what}: no such file (looked for from {Path.cwd()})") from None
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         text = (str(error).splitlines() or [""])[0][:120]
         raise InputError(f"{what}: damaged, or of another kind ({type(error).__name__}: {text})"
                          + (f"; {advice}" if advice else "")) from None
@@ -1183,20 +1228,20 @@ def command_line(main):
             return main(argv)
         except InputError as error:
             code, message = 2, f"error: {error}"
-        except torch.OutOfMemoryError:
-            code, message = 1, ("error: out of GPU memory; a smaller --batch (train.py) or "
-                                "--batch-size (sample.py) needs less")
-        except MemoryError as error:
-            code, message = 1, f"error: does not fit in memory ({error}); take fewer images"
         except BrokenPipeError:                 # what read our output has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         except (FloatingPointError, OSError) as error:
             code, message = 1, f"error: {error}"
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            code, reason = 1, " ".join(str(error).splitlines()[:2]).strip()
+            if memory := out_of_memory(error):
+                message = (f"error: out of {memory} memory; a smaller --batch (train.py) or "
+                           "--batch-size (sample.py), network or --n needs less")
+            elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                message = f"error: torch.compile failed ({reason}); --compile off does without it"
+            else:
                 raise
-            code, message = 1, "error: does not fit in memory; a smaller network or batch would"
         except KeyboardInterrupt:
             code, message = 130, "interrupted: the same command continues from what is saved"
         print(message, file=sys.stderr)
@@ -1220,9 +1265,10 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:    # torch.save has a name of its own for a full disk
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, DEVICE_ERRORS):
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)),
+                      None) or str(error).splitlines()[0]
         raise OSError(f"{path}: cannot be written ({reason})") from None
     finally:
         with contextlib.suppress(OSError):
@@ -1240,16 +1286,38 @@ def write_json(path, value):
 
 
 def write_csv(path, rows, columns=None):
-    """Write a list of dicts with the same keys as a CSV file, atomically. Raises OSError.
+    """Write a list of dicts as a CSV file, atomically; a cell is empty where a dict lacks its key.
+    Raises OSError.
 
     columns: the header, needed where the list may be empty.
     """
     text = io.StringIO()
-    table = csv.DictWriter(text, list(columns or rows[0]), lineterminator="\n")
+    columns = columns or dict.fromkeys(key for row in rows for key in row)
+    table = csv.DictWriter(text, list(columns), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     if not Path(path).exists() or Path(path).read_bytes() != text.getvalue().encode():
         write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_npz(path, keys=None):
+    """{key: array} of an .npz file, or of those of `keys` that it has; every checksum is verified.
+
+    Raises nearly anything; see reading().
+    """
+    check_zip(path)                     # np.load does not see that an array has become shorter
+    with np.load(path) as archive:
+        arrays = {key: archive[key] for key in archive.files if keys is None or key in keys}
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise ValueError("members that are no arrays")
+    return arrays
+
+
+def check_zip(path):
+    """Raise ValueError where a checksum in a zip file, say a .pt or .npz file, is wrong."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise ValueError("wrong checksum")
 
 
 def read_csv(path):
@@ -1294,6 +1362,8 @@ def main(argv=None):
                     int(max(labels)) + 1 if args.conditional else 0)
     out = Path(args.out or f"runs/{run_name(args)}")
     record = describe(args, data, net)
+    if (out / "args.json").exists():        # its identity goes by the defaults when it was made
+        record["defaults"] |= read_run(out).get("defaults", {})
     with contextlib.nullcontext() if rank else claimed(out, record):
         wait()                                      # until the first process has the folder
         train(args, record, out, data, net, device, rank, world)

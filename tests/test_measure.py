@@ -93,11 +93,6 @@ def test_two_nearest_without_a_second_group_says_so():
     assert indices.tolist() == [[0, -1]] * 3
 
 
-def test_two_nearest_refuses_nan():
-    with pytest.raises(train.InputError, match="not finite"):
-        measure.two_nearest(torch.full((2, 3), math.nan), torch.zeros(4, 3))
-
-
 # --- Copies ---------------------------------------------------------------------------------------
 
 
@@ -496,7 +491,7 @@ def test_metrics_of_a_run(tiny_run):
 def test_controls_of_a_run(tiny_run):
     rows = metrics(tiny_run)
     controls = {row["name"]: row for row in metrics(tiny_run, "controls.csv")}
-    assert list(controls) == ["heldout", "training", "leave_one_out", "exact"]
+    assert list(controls) == ["heldout", "leave_one_out", "training", "exact"]
     heldout, training, exact = (controls[k] for k in ("heldout", "training", "exact"))
     assert float(heldout["copy_ratio"]) == 0 and float(exact["copy_ratio"]) > 0.7
     assert heldout["images"] == "5120" and training["images"] == "12"
@@ -510,7 +505,7 @@ def test_controls_of_a_run(tiny_run):
     assert float(training["sw_pixels_train"]) < float(training["sw_pixels_heldout"])
     # a memorizer's samples are their nearest images
     assert training["kid_pixels_replaced"] == training["kid_pixels_heldout"]
-    assert set(rows[-1]) >= {c for c, value in training.items() if value} - {"name", "images"}
+    assert set(rows[-1]) >= {c for c, value in training.items() if value} - {"name", "images", "compared"}
 
 
 def test_spectrum_of_a_run(tiny_run):
@@ -678,28 +673,26 @@ def test_a_cache_that_cannot_be_written_is_no_error(tiny_run, run, capsys):
     assert (run / "metrics.csv").read_bytes() == (tiny_run / "metrics.csv").read_bytes()
 
 
-def test_caches_follow_the_code_that_made_them(run, monkeypatch):
+def test_caches_follow_what_they_are_made_of(run, monkeypatch):
     calls = []
 
-    def number(value):
-        calls.append(value)
-        return {"value": torch.tensor(value)}
-
-    def twice(x, name):
-        return number(1)
-
-    def once(x, name):
-        return number(2)
-    x = torch.zeros(3)
-    for function in (twice, twice, once):
-        measure.cached(function, x, "a")
-    measure.cached(twice, x, "b")
-    measure.cached(twice, x + 1, "a")
-    assert calls == [1, 2, 1, 1]
-    for called in ("squared_distances", "two_nearest", "pixel_features", "to_float"):
-        assert f"def {called}" in measure.source(measure.Subset)
-    assert "DUPLICATE_SHARE" in measure.source(measure.duplicate_groups)
-    assert "def resize" not in measure.source(measure.Subset)
+    def count(*things):
+        calls.append(things)
+        return torch.zeros(1)
+    x, flow = torch.zeros(3), train.PROCESSES["flow"]
+    same_by_name = flow._replace(schedule=lambda t: (1 - t**2, t**2))
+    for things in ((x, "a"), (x, "b"), (x + 1, "a"), (x.int(), "a"), (x, flow), (x, same_by_name)):
+        for _ in range(2):
+            measure.cached(count, *things)
+    assert len(calls) == 6
+    monkeypatch.setattr(measure, "FILES", measure.FILES + "# another line")
+    measure.cached(count, x, "a", made_by=measure.FILES)
+    assert len(calls) == 7
+    # what is slow, features of a network, stays when other code changes
+    a, b = (measure.Space("net", count, digest) for digest in ("1", "2"))
+    for space in (a, a, b):
+        space.of_real(x)
+    assert len(calls) == 9
 
 
 def test_two_at_once_are_refused(run, refused):

@@ -271,5 +271,8 @@ def test_bad_run_folders_and_snapshots_are_named(sampled_run, tmp_path, refused)
     refused(sample.main, [run], "no snapshots")
     record = json.loads((run / "args.json").read_text())
     (run / "args.json").write_text(json.dumps(record | {"subset_sha256": "0"}))
+    refused(sample.main, [run, "--exact"], "args.json", "changed since")
+    del record["checksum"]
+    (run / "args.json").write_text(json.dumps(record | {"subset_sha256": "0"}))
     refused(sample.main, [run, "--exact"], "not the images")
     assert not (run / "samples").exists()
