@@ -345,7 +345,7 @@ def test_end_to_end(left_alone):
     for name in (ONE, OTHER):
         assert tables(out)[Path(name, "metrics.csv")][-1]["step"] == "12"
         assert (out / "logs" / f"{name}.log").exists()
-        assert (out / "figures" / f"run_{name}.png").exists()
+        assert list((out / "figures").glob(f"run_{name}*.png"))
     assert (out / "figures/claims.md").exists()
     status = sweep(out, "toy", "--status").splitlines()
     assert len(status) == 3 and all("done" in line for line in status[1:])
