@@ -154,11 +154,8 @@ def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
     (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections` random unit vectors theta, a function
     of the seed (Bonneel 2015); W_2 in one dimension pairs the sorted values. The error is the
     jackknife's over tenths of the data, not the bootstrap's: an empirical W_2 shrinks with n, and
-    draws with replacement have fewer different points. nan for n < 10. Raises InputError: shapes.
+    draws with replacement have fewer different points. nan for n < 10.
     """
-    if x.shape != y.shape or len(x) == 0:
-        raise InputError(f"sliced_wasserstein: shapes {tuple(x.shape)} and {tuple(y.shape)} "
-                         "must be equal")
     n, groups = len(x), groups if len(x) >= groups else 0
     # In a row, not in turn: every tenth sample may have the same class.
     member = torch.arange(n, device=x.device) * groups // n
@@ -180,27 +177,21 @@ def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
 def kid(x, y):
     """The unbiased squared MMD of vectors (n, D) and (m, D), and its standard error.
 
-    With kernel (x.y / D + 1)^3. Binkowski, eq. 4; the error is the delete-one jackknife's.
-    (nan, nan) where a set has fewer than 2 vectors, and no error (nan) where it has fewer than 3.
+    With kernel (x.y / D + 1)^3. Binkowski, eq. 4; the error is the delete-one jackknife's. nan
+    where a set has fewer than 2 vectors (the error: 3).
     """
-    n, m = len(x), len(y)
-    if min(n, m) < 2:
-        return math.nan, math.nan
-    x, y = x.double(), y.double()
+    n, m, x, y = len(x), len(y), x.double(), y.double()
 
-    def sums(a, b):
-        """Row sums of the kernel matrix, a block of rows at a time."""
+    def sums(a, b):                             # of the kernel matrix's rows, by blocks of rows
         return torch.cat([((part @ b.T / x.shape[1] + 1) ** 3).sum(1) for part in a.split(1024)])
     xx, yy = (sums(v, v) - (v.square().sum(1) / v.shape[1] + 1) ** 3 for v in (x, y))
     xy, yx = sums(x, y), sums(y, x)
     value = xx.sum() / (n * (n - 1)) + yy.sum() / (m * (m - 1)) - 2 * xy.sum() / (n * m)
-    if min(n, m) < 3:
-        return float(value), math.nan
     variance = 0.0
     for k, own, cross in ((n, xx, xy / m), (m, yy, yx / n)):
-        left_out = 2 / (k - 1) * (cross - own / (k - 2))        # the value without one, + constant
+        left_out = (cross - own / (k - 2)) * 2 / (k - 1)        # the value without one, + constant
         variance += (k - 1) / k * (left_out - left_out.mean()).square().sum()
-    return float(value), float(variance.sqrt())
+    return float(value), float(variance.sqrt()) if min(n, m) > 2 else math.nan
 
 
 def precision_recall(samples, real, k=3):
@@ -306,9 +297,8 @@ def network_features(net, images, flag="net", size=None, mean=0.0, std=1.0, batc
 def inception_net(state):
     """The Inception v3 of FID, (B, 3, 299, 299) in [-1, 1] -> (B, 2048), from a state dict.
 
-    As pytorch-fid 0.3.0 computes it: torchvision's network, changed to what the 2015 TensorFlow
-    graph computes: average pools that do not count the padding, a max pool in the last block, 1,008
-    classes. Raises InputError where the weights are of another graph.
+    As pytorch-fid 0.3.0 computes it: torchvision's network, but average pools do not count the
+    padding, the last block has a max pool, and there are 1,008 classes. Raises InputError.
     """
     with train.needs_torchvision("--features inception"):
         from torchvision.models import inception as tv
@@ -376,8 +366,7 @@ def load_sscd(path, device):
     """The space of an SSCD model, images prepared as its authors' "small 288" transform does."""
     mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1)
                  for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    space = load_network("--sscd", path, device, size=SSCD_SIZE, mean=mean,
-                         std=std)
+    space = load_network("--sscd", path, device, size=SSCD_SIZE, mean=mean, std=std)
     return space._replace(name="sscd", extract=lambda x: F.normalize(space.extract(x), dim=1))
 
 
@@ -651,35 +640,27 @@ def has_neighbours(path, digest, step):
         return False
 
 
-def control_contexts(subset, exact):
-    """Pictures known to be copies, and known not to be: {name: (Context, its metrics)}.
+def measure_controls(run, subset, exact):
+    """controls.csv and neighbours/CONTROL.npz. Returns {control: {metric: columns}}.
 
     heldout: the held-out images as if they were samples, what a perfect generalizer draws; where
     there are enough, those compared are others than the reference. training: as many draws of
     training images, a perfect memorizer's. leave_one_out: each training image among the others.
-    exact: samples of the exact denoiser, or None.
+    exact: samples of the exact denoiser, or None. Metrics are kept in the cache, which tells which
+    columns METRICS have. What the file holds of another feature space stays, if of as many.
     """
     apart = 2 * subset.most <= len(subset.heldout)
-    heldout = (Context(subset.heldout.roll(-subset.most, 0), subset) if apart
-               else Context(subset.heldout, subset, splits=("train",)))
     draws = torch.randint(len(subset.train), (subset.most,), generator=generator("cpu", "control"))
-    others = Context(subset.train, subset)
-    others.neighbours = subset.own
-    contexts = {"heldout": (heldout, METRICS), "leave_one_out": (others, (copying, nearest_rms)),
-                "training": (Context(subset.train[draws.to(subset.train.device)], subset), METRICS)}
-    return contexts | ({} if exact is None else {"exact": (Context(exact, subset), METRICS)})
-
-
-def measure_controls(run, contexts, subset):
-    """controls.csv and neighbours/CONTROL.npz. Returns {control: {metric: columns}}.
-
-    Kept in the cache, by metric: this is how one knows which columns METRICS have. What the file
-    holds in another feature space, of as many pictures, stays.
-    """
-    old, rows = {row.get("name"): row for row in train.read_csv(run / "controls.csv")}, []
-    found = {name: {metric: cached(metric, c) for metric in metrics}
-             for name, (c, metrics) in contexts.items()}
-    for name, (c, _) in contexts.items():
+    contexts = {"heldout": Context(subset.heldout.roll(-subset.most * apart, 0), subset,
+                                   ("train", "heldout")[:1 + apart]),
+                "training": Context(subset.train[draws.to(subset.train.device)], subset),
+                "leave_one_out": Context(subset.train, subset)}
+    contexts["leave_one_out"].neighbours = subset.own
+    contexts |= {} if exact is None else {"exact": Context(exact, subset)}
+    old, rows, found = {r.get("name"): r for r in train.read_csv(run / "controls.csv")}, [], {}
+    for name, c in contexts.items():
+        metrics = (copying, nearest_rms) if name == "leave_one_out" else METRICS
+        found[name] = {metric: cached(metric, c) for metric in metrics}
         row = {"name": name, "images": len(c.images), "compared": c.count}
         same = all(str(value) == old.get(name, {}).get(key) for key, value in row.items())
         rows.append(functools.reduce(dict.__or__, found[name].values(),
@@ -698,22 +679,16 @@ def missing(row, digest, columns, spaces):
     return row, [m for m, names in columns.items() if not all(row.get(name) for name in names)]
 
 
-def open_all(args, record, device):
-    """{(set, step): open_samples of it}, and the samples of the exact denoiser, or None."""
-    read = functools.partial(open_samples, args, record, device)
-    sets = sample.sample_sets(args.run)
-    drawn = {(name, step): read(name, step) for name, steps in sets.items() for step in steps}
-    if not drawn:
-        raise InputError(f"{args.run}: no samples to measure; run sample.py {args.run} first")
-    exact = [name for name in sets if sample.samples_path(args.run, name, "exact").exists()]
-    return drawn, read(exact[0], "exact")[0] if exact else None
-
-
 @torch.inference_mode()
 def measure(args, record, device):
     """All tables of a run. What is done is skipped, snapshot by snapshot and metric by metric."""
-    run, options = args.run, record["options"]
-    drawn, exact = open_all(args, record, device)
+    run, options, sets = args.run, record["options"], sample.sample_sets(args.run)
+    read = functools.partial(open_samples, args, record, device)
+    drawn = {(name, step): read(name, step) for name, steps in sets.items() for step in steps}
+    if not drawn:
+        raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
+    exact = [read(name, "exact")[0] for name in sets
+             if sample.samples_path(run, name, "exact").exists()][:1] or [None]
     table = {key: rows[0] for key, rows in read_table(run / "metrics.csv").items()}
     spaces = [load_space(args.features, args.weights, device)]
     spaces += [load_sscd(args.sscd, device)] if args.sscd else []
@@ -728,7 +703,7 @@ def measure(args, record, device):
         for (name, step), (images, _, _) in drawn.items()] + [
         {"name": "heldout", **power_spectrum(subset.heldout)},
         {"name": "training", **power_spectrum(subset.train)}])
-    controls = measure_controls(run, control_contexts(subset, exact), subset)
+    controls = measure_controls(run, subset, *exact)
     floor = cached(loss_floor, train.PROCESSES[options["process"]], *train.data_on(
         device, data, record["classes"])["train"], options["eval_images"])
     same = {f"null_{k}": v for columns in controls["heldout"].values() for k, v in columns.items()
@@ -1003,28 +978,25 @@ def planted_rows(subset):
     return rows
 
 
-def twin_row(images, twins, subset, twin_subset, shift=1):
-    """How two models trained on disjoint images agree on the same noise, as columns.
+def twin_row(c, d, shift=1):
+    """How the samples of two models trained on disjoint images agree, as columns.
 
-    images, twins uint8 (n, S, S, C), sample i of each from the same noise. Two samples agree if
+    c, d: Contexts of as many samples, sample i of each from the same noise. Two samples agree if
     they are nearer to each other than either is to its nearest training image, which copying alone
     cannot bring about (Kadkhodaie, figure 2). null_agreement: of sample i and i + shift, from
     different noise; shift: the number of classes. Distances are rms over numbers in [-1, 1].
     """
-    x, y = (pixel_features(v).double() for v in (images, twins))
-    (own, other), scale = (s.nearest(i)[0] for s, i in ((subset, images), (twin_subset, twins))), \
-        x.shape[1] ** -0.5
+    x, y, n = c.pixels.double(), d.pixels.double(), len(c.images)
 
     def agree(k):
-        between = (x[k:] - y[:len(y) - k]).norm(dim=1)
-        return between < torch.minimum(own[k:, 0], other[:len(y) - k, 0])
-    row = share("agreement", agree(0))
-    row = {"samples": len(x), "agreement": row.pop("agreement_ratio"), **row,
-           "null_agreement": float(agree(shift).double().mean())}
-    for name, d in (("twin_rms", (x - y).norm(dim=1)), ("nearest_train_rms", own[:, 0]),
-                    ("twin_nearest_train_rms", other[:, 0])):
-        row[name] = float(d.median()) * scale
-    return row | {"copy_ratio": share("", copy_ratios(own) < THRESHOLDS[""])["_ratio"]}
+        between = (x[k:] - y[:n - k]).norm(dim=1)
+        return between < torch.minimum(c.distances[k:], d.distances[:n - k])
+    row, twin_rms = share("agreement", agree(0)), (x - y).norm(dim=1).median() / x.shape[1] ** 0.5
+    return {"samples": n, "agreement": row.pop("agreement_ratio"), **row,
+            "null_agreement": float(agree(shift).double().mean()), "twin_rms": float(twin_rms),
+            "nearest_train_rms": nearest_rms(c)["nearest_rms"],
+            "twin_nearest_train_rms": nearest_rms(d)["nearest_rms"],
+            "copy_ratio": copying(c)["copy_ratio"]}
 
 
 @torch.inference_mode()
@@ -1047,14 +1019,14 @@ def measure_twin(args, record, device):
                          f"train one with --offset {record['options']['n']}")
     subsets = [Subset(d, r["options"]["flip"], device)
                for d, (_, r) in zip(data, runs, strict=True)]
-    rows = []
+    shift, rows = len(record["labels"]) if record["classes"] else 1, []
     for step in steps:
         both = [open_samples(a, r, device, name, step) for a, r in runs]
         if both[0][1].settings != both[1][1].settings:
             raise InputError(f"--twin {args.twin}: its samples of step {step} have other settings")
-        count = min(len(images) for images, _, _ in both)
-        rows.append({"step": step, **twin_row(*(images[:count] for images, _, _ in both), *subsets,
-                                              len(record["labels"]) if record["classes"] else 1)})
+        n = min(len(images) for images, _, _ in both)
+        rows.append({"step": step, **twin_row(*(Context(images[:n], s) for (images, _, _), s in zip(
+            both, subsets, strict=True)), shift)})
     path = args.run / f"twin_{args.twin.name}.csv"
     write_csv(path, rows)
     print(f"{path}: {len(rows)} steps; at the last, agreement {rows[-1]['agreement']:.3f}, of "
