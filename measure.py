@@ -1065,12 +1065,14 @@ def sweep_rows(lists):
     values, ...}; the first value of an option is its default; the listed options name a run.
     """
     axes = {flag: sweep_words(flag, v) for flag, v in lists.items() if flag.startswith("--")}
+    repeats = sweep_words("--seed", lists["REPEATS"]) if lists["REPEATS"] else []
+    axes["--seed"] = [*axes["--seed"], *repeats]        # those of the default run alone come last
     common = [word for word in lists["TRAIN"] if [] not in axes.get(word, ())]
-    images, rows = lists["IMAGES"][0], {}
+    images, rows, seed = lists["IMAGES"][0], {}, list(axes).index("--seed")
     for choice in itertools.product(*axes.values()):
         changed = sum(words != axes[flag][0] and flag != "--seed"
                       for flag, words in zip(axes, choice, strict=True))
-        if changed > 1 and lists["DESIGN"] == ["one"]:
+        if lists["DESIGN"] == ["one"] and changed > 1 or changed and choice[seed] in repeats:
             continue
         named = train.make_parser().parse_args(words := list(itertools.chain(*choice)))
         count = int(images.rstrip("N")) * (named.n if images.endswith("N") else 1)

@@ -107,7 +107,8 @@ def sample(net, process, shape, seeds, steps, eta=0.0, clip=False, labels=None, 
     x = noise()
     for k, (t, t_next) in enumerate(itertools.pairwise(times)):
         prediction = net(x, on_device[k].expand(len(x)), labels).float()
-        x, x0 = ddim_step(process, x, prediction, t, t_next, eta, noise() if eta else None, clip)
+        new, x0 = ddim_step(process, x, prediction, t, t_next, eta, noise() if eta else None, clip)
+        x.copy_(new)                # x keeps its strides, so that a net is compiled only for them
         if progress:
             progress(len(x))
     return x, (x0.abs() > OUTSIDE).float().mean((1, 2, 3))

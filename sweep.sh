@@ -3,11 +3,12 @@
 #
 #   ./sweep.sh digits             the study in miniature: offline, on a CPU
 #   ./sweep.sh toy                the same on drawn pictures, of which there is no end
-#   ./sweep.sh mini               CIFAR-10 at 16x16, one factor at a time, 9 runs
+#   ./sweep.sh mini               CIFAR-10 at 16x16, one factor at a time, 10 runs
 #   ./sweep.sh cifar10            CIFAR-10, one factor at a time, 14 runs (DDPM, unconditional)
 #   ./sweep.sh paper              the same 14 as the study: rectified flow, class-conditional
 #   ./sweep.sh full               the factorial of the same values, 320 runs
 #   ./sweep.sh custom             your own lists: one factor at a time, or DESIGN=full
+#   ./sweep.sh class K            experiment K = 1 to 7 of the README's class, on digits
 #
 #   ./sweep.sh GRID --dry-run     each run, its state, and the hours and disk that are left
 #   ./sweep.sh GRID --dry-run --time      the same, timing the model sizes that never ran here
@@ -21,6 +22,7 @@
 #   VARY    lists for other options of train.py: "ema .99 .999; process ddpm flow; flip off on"
 #   DESIGN  one (factor at a time) or full (one)
 #   SEEDS   seeds, a run each ("0")
+#   REPEATS more seeds, for the run with the default values alone (digits: "1 2")
 #   IMAGES  images that each run trains on; 724N: in proportion to N, so 724 epochs
 #   DATA    cifar10 (downloaded) or an .npz file; digits and toy have their own
 #   OUT     folder of the runs (runs/GRID)
@@ -41,7 +43,7 @@ if [[ ! -f $home/train.py ]]; then home=${SLURM_SUBMIT_DIR:-$home}; fi  # Slurm 
 
 # --- The grid -------------------------------------------------------------------------------------
 
-(($#)) || die "usage: ./sweep.sh digits|toy|mini|cifar10|paper|full|custom [--dry-run|--status|...]"
+(($#)) || die "usage: ./sweep.sh digits|toy|mini|cifar10|paper|full|custom|class [--dry-run|--status|...]"
 if [[ $1 == -h || $1 == --help ]]; then
   sed -n -e '/^set /q' -e '2,$s/^# \{0,1\}//p' "$0"
   exit
@@ -50,16 +52,27 @@ cores=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN || true)} cpus=cpu
 [[ $cores =~ ^[1-9][0-9]*$ ]] || cores=1
 for ((k = 1; k < cores; k++)); do cpus+=" cpu"; done
 
-grid=$1 without_gpu=cpu
+grid=$1 without_gpu=cpu plotting=()
 shift
+digits="--process flow --conditional --mults 1 2 --blocks 1 --embed 128 --eval-images 512"
 case $grid in           # a grid that takes an argument of its own shifts it away here
+class)
+  lesson=${1:-}
+  (($#)) && shift
+  case $lesson in
+  1 | 3 | 6 | 7) : "${N:=64}" ;;
+  2) : "${N:=64 16}" ;;
+  4) : "${N:=16}" "${LR:=1e-3 3e-4 3e-3}" ;;
+  5) : "${N:=512}" "${IMAGES:=44N}" && VARY="offset 0 ${N%% *}" ;;
+  *) die "class takes the number of an experiment, 1 to 7; the README says what they are" ;;
+  esac
+  : "${WIDTH:=32}" "${BATCH:=32}" "${LR:=1e-3}" "${IMAGES:=500N}" "${GPUS:=$cpus}"
+  DATA=digits TRAIN="$digits ${TRAIN:-}" SAMPLE="--num 128 --sampling-steps 20 ${SAMPLE:-}"
+  ;;
 digits)
   : "${N:=64 16 32 128 256}" "${WIDTH:=32 8 16}" "${BATCH:=32 16 64}" "${LR:=1e-3 3e-4 3e-3}"
-  : "${IMAGES:=500N}" "${GPUS:=$cpus}"
-  DATA=digits
-  TRAIN="--process flow --conditional --mults 1 2 --blocks 1 --embed 128 --eval-images 512
-    ${TRAIN:-}"
-  SAMPLE="--num 128 --sampling-steps 20 ${SAMPLE:-}"
+  : "${IMAGES:=500N}" "${GPUS:=$cpus}" "${REPEATS:=1 2}"
+  DATA=digits TRAIN="$digits ${TRAIN:-}" SAMPLE="--num 128 --sampling-steps 20 ${SAMPLE:-}"
   ;;
 toy)
   : "${N:=16 8 32 512}" "${WIDTH:=32 8 16}" "${BATCH:=16 8 32}" "${LR:=1e-3 5e-4 2e-3}"
@@ -75,14 +88,17 @@ mini)
   TRAIN="--size 16 --process flow --conditional --blocks 1 --embed 128 ${TRAIN:-}"
   SAMPLE="--num 512 --sampling-steps 50 ${SAMPLE:-}"
   ;;
-paper) TRAIN="--process flow --conditional --weighting sigmoid ${TRAIN:-}" ;;
+paper)
+  TRAIN="--process flow --conditional --weighting sigmoid ${TRAIN:-}"
+  plotting=(--paper)    # the study's own curves behind ours
+  ;;
 full) DESIGN=full ;;
 cifar10 | custom) ;;
-*) die "$grid: unknown grid; there are digits, toy, mini, cifar10, paper, full and custom" ;;
+*) die "$grid: unknown grid; there are digits, toy, mini, cifar10, paper, full, custom and class" ;;
 esac
 : "${N:=2048 4096 8192 16384}" "${WIDTH:=128 16 32 64 192}" "${BATCH:=16 32 64 128}"
 : "${LR:=1e-4 1e-5 5e-5 4e-4}" "${SEEDS:=0}" "${IMAGES:=6400000}" "${VARY:=}" "${DESIGN:=one}"
-: "${DATA:=cifar10}" "${OUT:=runs/$grid}" "${KEEP:=all}" "${TRAIN:=}" "${SAMPLE:=}" "${MEASURE:=}"
+: "${REPEATS:=}" "${DATA:=cifar10}" "${OUT:=runs/$grid}" "${KEEP:=all}" "${TRAIN:=}" "${SAMPLE:=}" "${MEASURE:=}"
 
 mode=${1:-} only=
 case "$mode $#" in
@@ -120,7 +136,7 @@ ask() {                 # the runs into `rows`: name, state, ... (measure.py) be
     line TRAIN "--data $DATA $TRAIN" && line SAMPLE "$SAMPLE" && line MEASURE "$MEASURE"
     echo "IMAGES $IMAGES" && echo "DESIGN $DESIGN" && echo "KEEP $KEEP" && line ONLY "$only"
     line --n "$N" && line --width "$WIDTH" && line --batch "$BATCH" && line --lr "$LR"
-    line --seed "$SEEDS" && tr ';' '\n' <<<"$VARY" | sed 's/^[[:space:]-]*\([^[:space:]]\)/--\1/'
+    line --seed "$SEEDS" && line REPEATS "$REPEATS" && tr ';' '\n' <<<"$VARY" | sed 's/^[[:space:]-]*\([^[:space:]]\)/--\1/'
   } | "$PYTHON" "$home/measure.py" --sweep "$OUT" "$@") || return
   rows=()
   while IFS= read -r row; do rows+=("$row"); done <<<"$answer"
@@ -204,6 +220,22 @@ tidy() {                # remove the weights that KEEP does not keep; only if th
   esac
 }
 
+teach() {               # what experiment $lesson does with its runs, and what they show
+  local row device run=$OUT/${rows[0]%%$'\t'*}
+  on_device "${slots[0]}"
+  case $lesson in
+  3)
+    read -r -d '' -a row <<<"$SAMPLE" || true
+    "$PYTHON" "$home/sample.py" "$run" --exact --device "$device" "${row[@]}"
+    "$PYTHON" "$home/measure.py" "$run" --device "$device"
+    ;;
+  5) "$PYTHON" "$home/measure.py" "$run" --twin "$OUT/${rows[1]%%$'\t'*}" --device "$device" ;;
+  6) "$PYTHON" "$home/measure.py" "$run" --planted --device "$device" ;;
+  7) "$PYTHON" "$home/measure.py" "$run" --denoisers --device "$device" ;;
+  esac
+  for row in "${rows[@]}"; do "$PYTHON" "$home/plot.py" "$OUT/${row%%$'\t'*}"; done
+}
+
 work() {                # on the device $1, one after the other, the runs that nobody has taken yet
   local device k
   on_device "$1"
@@ -272,7 +304,9 @@ for row in "${rows[@]}"; do
   echo "FAILED $name, see $OUT/logs/$name.log:" >&2
   tail -n 3 "$OUT/logs/$name.log" 2>/dev/null | sed 's/^/    /' >&2 || true
 done
-if [[ -z $only ]] && ! "$PYTHON" "$home/plot.py" "$OUT"; then
+if [[ $grid == class ]]; then
+  ((failed)) || teach
+elif [[ -z $only ]] && ! "$PYTHON" "$home/plot.py" "$OUT" ${plotting[@]+"${plotting[@]}"}; then
   echo "sweep.sh: plot.py failed, see above; '$PYTHON $home/plot.py $OUT' draws again" >&2
   if ((!failed)); then exit 1; fi
 fi

@@ -1148,9 +1148,8 @@ def wrap(net, args, device, world):
 def setup_cuda():
     """The same bits every time on one machine, and TF32 for what autocast leaves in float32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Else torch.compile may choose, by timing, another order of summation after a restart.
-    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
-    # Not warn_only: attention's backward pass is the deterministic one only if this is strict.
+    # Not warn_only: attention's backward pass is the deterministic one only if this is strict. And
+    # torch.compile then chooses nothing by timing that would change a sum after a restart.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")

@@ -169,9 +169,10 @@ def test_distances_and_metrics_equal_the_cpus():
 
 
 @cuda
-def test_all_snapshots_and_a_partial_batch_are_compiled_once(tmp_path):
+@pytest.mark.parametrize("data", ["toy", "digits"])         # in colour, grey
+def test_all_snapshots_and_a_partial_batch_are_compiled_once(tmp_path, data):
     run = tmp_path / "r"
-    train.main([*GPU, *EAGER, "--steps", "8", "--out", str(run)])
+    train.main([*GPU, *EAGER, "--data", data, "--steps", "8", "--out", str(run)])
     torch.compiler.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     sample.main([str(run), "--num", "40", "--batch-size", "16", "--sampling-steps", "3"])

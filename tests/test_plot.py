@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import curves
 import plot
 
 STEPS = np.array([64, 128, 256, 512, 1024, 2048, 4096])
@@ -241,7 +240,7 @@ def test_sweeps_are_also_drawn_in_normalised_time_and_over_the_study(tmp_path, d
         made_up(tmp_path, n=n)
     (runs,) = plot.find_runs(tmp_path).values()
     ((factor, groups),) = plot.sweeps(runs).items()
-    plot.plot_sweep(factor, groups, None, plot.sweeps(curves.study_runs())["n"])
+    plot.plot_sweep(factor, groups, None, plot.sweeps(plot.study_runs())["n"])
     figure, title = drawn[0]
     assert title == "training images N"
     below = [axis for axis in figure.axes if axis.get_xlabel() == "T = step x N_min / N"]

@@ -1,4 +1,4 @@
-"""curves.py, claims.py: runs read from folders and tables; verdicts on the study's own curves and
+"""plot.py: runs read from folders and tables; verdicts on the study's own curves and
 on made-up runs whose answers are known.
 """
 
@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import claims
-import curves
 import plot
 
 STEPS = np.round(16 * 2 ** (np.arange(33) / 2))
@@ -49,7 +47,7 @@ def made_up(rng, options, tau=300.0, best=1.0, speed=2.0, change=1.0, twice=True
     metrics = {"step": STEPS, "copy_ratio": copies, "null_copy_ratio": 0 * STEPS,
                "samples": 0 * STEPS + 1024, "sw_pixels_train": sw * change ** (copies > 0.01)}
     metrics |= dict.fromkeys(("sw_pixels_heldout", "fid_pixels_train", "fid_pixels_heldout"), sw)
-    return curves.Run("run", options, {"step": STEPS, "heldout_loss": 0.1 + 0.01 * x**2}, metrics)
+    return plot.Run("run", options, {"step": STEPS, "heldout_loss": 0.1 + 0.01 * x**2}, metrics)
 
 
 def made_up_study(seed, effect, repeats=3, coin=False, **more):
@@ -72,7 +70,7 @@ def made_up_study(seed, effect, repeats=3, coin=False, **more):
 
 
 def verdicts(runs):
-    return {claim.number: word for claim, _, word in claims.judge(runs)}
+    return {claim.number: word for claim, _, word in plot.judge(runs)}
 
 
 # the study's own curves ---------------------------------------------------------------------------
@@ -88,12 +86,12 @@ def at_spacing(run, per_doubling):
         if name != "step":
             columns[name] = np.interp(np.log(at), np.log(steps[finite]), values[finite],
                                       math.nan, math.nan)
-    return curves.Run(run.name, run.options, columns, columns)
+    return plot.Run(run.name, run.options, columns, columns)
 
 
 @pytest.mark.parametrize("per_doubling", [2, 4, 8])
 def test_the_studys_own_curves(per_doubling):
-    runs = [at_spacing(run, per_doubling) for run in curves.study_runs()]
+    runs = [at_spacing(run, per_doubling) for run in plot.study_runs()]
     words = verdicts(runs)
     assert words.pop("3a") == "undecided"           # steeper than proportional
     assert words == dict.fromkeys(("1", "2", "3b", "3c", "4a", "4b", "5a", "5b", "5c", "6a", "6b",
@@ -101,18 +99,18 @@ def test_the_studys_own_curves(per_doubling):
     known = {"3a": (1.22, 0.09), "3b": (-0.59, 0.20), "3c": (-0.91, 0.10), "4a": (-0.71, 0.11),
              "4b": (-0.31, 0.08), "5a": (-0.97, 0.09), "5c": (0.35, 0.10), "6a": (1.23, 0.05),
              "6b": (-0.30, 0.06)}
-    for claim, result, _ in claims.judge(runs):
+    for claim, result, _ in plot.judge(runs):
         if claim.number in known:
             value, half = known[claim.number]
             assert abs(result.value - value) <= half, claim.number
-    variance, dof, borrowed = claims.scatter(runs, claims.onset("heldout_25"))
+    variance, dof, borrowed = plot.scatter(runs, plot.onset("heldout_25"))
     assert 0.04 < math.sqrt(variance) < 0.06 and dof == 3 and not borrowed
 
 
 def test_the_study_is_read_as_repeats_and_sweeps():
-    runs = curves.study_runs()
+    runs = plot.study_runs()
     assert len(runs) == 17 and {run.space for run in runs} == {"inception"}
-    found = curves.sweeps(runs)
+    found = plot.sweeps(runs)
     assert {f: [*map(len, groups.values())] for f, groups in found.items()} == {
         "n": [2, 1, 1, 1], "width": [1, 1, 1, 3, 1], "batch": [3, 1, 1, 2], "lr": [1, 1, 3, 1]}
     assert found["n"].fixed == {"width": 128, "batch": 128, "lr": 1e-4}
@@ -158,7 +156,7 @@ def test_no_effect_is_seldom_supported(repeats):
 
 def test_a_share_is_more_than_half_by_chance_in_one_of_twenty():
     for n in range(3, 60):
-        found = [claims.share([True] * k + [False] * (n - k), "") for k in range(n + 1)]
+        found = [plot.share([True] * k + [False] * (n - k), "") for k in range(n + 1)]
         chance = sum(math.comb(n, k) / 2**n for k, r in enumerate(found) if r.low > 0.5)
         assert chance <= 0.05, n
 
@@ -181,18 +179,18 @@ def test_onsets_best_fidelity_and_rate_of_a_known_run():
     assert run.onsets["copy_50"] == pytest.approx(12000, rel=0.01)
     assert run.onsets["copy_10"] == pytest.approx(4000, rel=0.02)
     assert math.isnan(run.onsets["denoisers"]) and math.isnan(run.onsets["level0"])
-    value, step, improving = curves.best_fidelity(run)
+    value, step, improving = plot.best_fidelity(run)
     assert value == pytest.approx(1, abs=0.05) and 512 <= step <= 724 and not improving
     # logit .5 - logit .02 = 3.89 = 2 ln(ratio of steps)
-    speed = math.exp(claims.rate(0.5)(run).value)
+    speed = math.exp(plot.rate(0.5)(run).value)
     assert speed == pytest.approx(0.48 / (3.89 / 2 / math.log(2)), rel=0.02)
 
 
 def test_crossing_interpolates_in_log_step():
     steps, values = np.array([100.0, 400.0, 1600.0]), np.array([0.0, 0.2, 0.1])
-    assert curves.crossing(steps, values, 0.1) == pytest.approx(200)
-    assert curves.crossing(steps, values, 0.3) == math.inf
-    assert curves.crossing(steps, values, 0.0) == 100
+    assert plot.crossing(steps, values, 0.1) == pytest.approx(200)
+    assert plot.crossing(steps, values, 0.3) == math.inf
+    assert plot.crossing(steps, values, 0.0) == 100
 
 
 def test_copies_are_counted_above_the_null():
@@ -203,44 +201,44 @@ def test_copies_are_counted_above_the_null():
 
 
 def test_what_is_not_reached_is_a_bound():
-    row = claims.summarize(run_of(1e8))
+    row = plot.summarize(run_of(1e8))
     assert row["tau_heldout_25"] == row["tau_copy_10"] == f">{STEPS[-1]:.0f}"
     assert row["best_sw_heldout"].startswith("<") and row["best_sw_step"] == str(int(STEPS[-1]))
-    assert row["rate_to_copy_10"] == "" and claims.onset("copy_10")(run_of(1e8)).bound == 1
-    assert claims.summarize(run_of(1.0))["tau_heldout_min"] == "<16"
+    assert row["rate_to_copy_10"] == "" and plot.onset("copy_10")(run_of(1e8)).bound == 1
+    assert plot.summarize(run_of(1.0))["tau_heldout_min"] == "<16"
 
 
 def test_an_onset_is_known_better_with_more_samples_and_evaluations():
     few, many = run_of(), run_of()
     few.metrics["samples"] = few.metrics["samples"] / 16
-    variances = [claims.onset("copy_10")(run).variance for run in (few, many)]
+    variances = [plot.onset("copy_10")(run).variance for run in (few, many)]
     # .1 of 64 and of 1,024 samples; the logistic's slope is .18 there, and less just before
     expected = (15 / 16) * 0.09 / 64 / 0.18**2
     assert expected < variances[0] - variances[1] < 2 * expected
-    assert claims.onset("heldout_25")(few).variance == pytest.approx(
+    assert plot.onset("heldout_25")(few).variance == pytest.approx(
         (0.07 * math.log(2) / 2) ** 2, rel=0.01)
 
 
 def test_a_line_with_bounds():
     x, y = np.arange(4.0), np.array([0.0, 1, 2, 3])
     variance, none = np.full(4, 0.01), np.zeros(4)
-    slope, intercept, error = claims.fit_line(x, y, variance, none)
+    slope, intercept, error = plot.fit_line(x, y, variance, none)
     assert (slope, intercept) == pytest.approx((1, 0)) and error == pytest.approx(0.1 / 5**0.5)
     # a bound that the others' line passes with ease: as if it were not there
-    easy = claims.fit_line(x, np.array([0, 1, 2, 0.0]), variance, np.array([0, 0, 0, 1]))
+    easy = plot.fit_line(x, np.array([0, 1, 2, 0.0]), variance, np.array([0, 0, 0, 1]))
     assert easy == pytest.approx((1, 0, 0.1 / 2**0.5), rel=1e-3, abs=1e-3)
     # one that it breaks pulls the line up; the same from above pulls it down
-    assert claims.fit_line(x, np.array([0, 1, 2, 6.0]), variance, np.array([0, 0, 0, 1]))[0] > 1.5
-    assert claims.fit_line(x, np.array([0, 1, 2, 0.0]), variance, np.array([0, 0, 0, -1]))[0] < 0.5
+    assert plot.fit_line(x, np.array([0, 1, 2, 6.0]), variance, np.array([0, 0, 0, 1]))[0] > 1.5
+    assert plot.fit_line(x, np.array([0, 1, 2, 0.0]), variance, np.array([0, 0, 0, -1]))[0] < 0.5
 
 
 def test_a_bound_opens_the_interval_and_leaves_the_value():
     runs = [run_of(300 * v, {"n": v}) for v in (1, 2, 4)]
     late = run_of(1e7, {"n": 8})
-    with_bound = claims.exponent({r.options["n"]: [r] for r in [*runs, late]}, runs,
-                                 claims.onset("heldout_25"))
-    without = claims.exponent({r.options["n"]: [r] for r in runs}, runs,
-                              claims.onset("heldout_25"))
+    with_bound = plot.exponent({r.options["n"]: [r] for r in [*runs, late]}, runs,
+                                 plot.onset("heldout_25"))
+    without = plot.exponent({r.options["n"]: [r] for r in runs}, runs,
+                              plot.onset("heldout_25"))
     assert with_bound.value == pytest.approx(without.value) == pytest.approx(1, abs=0.03)
     assert with_bound.high > 2 and "1 not reached" in with_bound.text and with_bound.borrowed
 
@@ -257,24 +255,24 @@ def test_unequal_counts_do_not_test_claim_1():
 
 def test_two_sets_of_samples_of_one_run_count_once():
     runs = made_up_study(0, EFFECT)
-    more = [curves.Run(r.name, r.options | {"setting_eta": 1.0}, r.log, r.metrics, set="eta1")
+    more = [plot.Run(r.name, r.options | {"setting_eta": 1.0}, r.log, r.metrics, set="eta1")
             for r in runs[:5]]
     for run in runs:
         run.options["setting_eta"] = 0.0
-    assert [r for _, r, _ in claims.judge(runs + more)] == [r for _, r, _ in claims.judge(runs)]
+    assert [r for _, r, _ in plot.judge(runs + more)] == [r for _, r, _ in plot.judge(runs)]
 
 
 def test_the_same_run_twice_is_no_repeat():
     once = made_up_study(0, EFFECT, repeats=1)
-    result = claims.exponent(curves.sweeps(once)["n"], once, claims.best)
-    twice = claims.exponent(curves.sweeps(once * 2)["n"], once * 2, claims.best)
+    result = plot.exponent(plot.sweeps(once)["n"], once, plot.best)
+    twice = plot.exponent(plot.sweeps(once * 2)["n"], once * 2, plot.best)
     assert result == twice and result.borrowed
 
 
 def test_the_peak_after_the_best_fidelity():
-    row = claims.summarize(run_of())
+    row = plot.summarize(run_of())
     assert float(row["hump_step"]) > 4 * float(row["best_sw_step"])
-    assert claims.summarize(run_of(twice=False, better=True))["hump_step"] == ""
+    assert plot.summarize(run_of(twice=False, better=True))["hump_step"] == ""
 
 
 def test_the_denoiser_that_a_net_is_nearest_to():
@@ -290,13 +288,13 @@ def test_the_denoiser_that_a_net_is_nearest_to():
 
 def test_the_snapshot_to_keep():
     run = run_of()
-    step, distance, copies = curves.to_keep(run)
+    step, distance, copies = plot.to_keep(run)
     assert step in (512, 724) and copies < 0.01
     run.metrics["sw_pixels_heldout"][-1] = 0.1          # good, but all copies
-    assert curves.to_keep(run) == (step, distance, copies)
+    assert plot.to_keep(run) == (step, distance, copies)
     run.metrics["null_copy_ratio"] += 1                 # as honest as held-out images
-    assert curves.to_keep(run)[0] == STEPS[-1]
-    assert "no snapshot" in claims.keep_line(curves.Run("x", {}, run.log, {}))
+    assert plot.to_keep(run)[0] == STEPS[-1]
+    assert "no snapshot" in plot.keep_line(plot.Run("x", {}, run.log, {}))
 
 
 # run folders and tables ---------------------------------------------------------------------------
@@ -336,7 +334,7 @@ def drawn(monkeypatch):
 
 
 def only(root):
-    (runs,) = curves.find_runs(root).values()
+    (runs,) = plot.find_runs(root).values()
     return runs
 
 
@@ -347,7 +345,7 @@ def test_a_run_made_before_an_option_existed_has_its_default(tmp_path):
     folder_of(tmp_path, "other", {"n": 32, "dropout": 0.1}, record={"defaults": {"dropout": 0.0}})
     runs = only(tmp_path)
     assert [run.options["dropout"] for run in runs] == [0.0, 0.0, 0.1]
-    assert {f: [*groups] for f, groups in curves.sweeps(runs).items()} == {
+    assert {f: [*groups] for f, groups in plot.sweeps(runs).items()} == {
         "n": [16, 32], "dropout": [0.0, 0.1]}
 
 
@@ -358,14 +356,14 @@ def test_any_option_is_a_factor(tmp_path):
                                       "mults": [1, 2, 4]} | more)
     folder_of(tmp_path, "again", {"process": "flow", "ema": 0.9, "conditional": False,
                                   "mults": [1, 2, 4], "seed": 1})
-    found = curves.sweeps(only(tmp_path))
+    found = plot.sweeps(only(tmp_path))
     assert {f: [*groups] for f, groups in found.items()} == {
         "conditional": [False, True], "ema": [0.0, 0.9, 0.99, math.inf],
         "mults": ["1 2", "1 2 4"], "process": ["ddpm", "flow"]}
     assert len(found["ema"][0.9]) == 2                      # two seeds, all else equal
     assert found["ema"].fixed == {"conditional": False, "mults": "1 2 4", "process": "flow"}
-    assert curves.label_of("ema", 0.99) == "ema = 0.99"
-    assert curves.factor_of("setting_eta").label == "eta"
+    assert plot.label_of("ema", 0.99) == "ema = 0.99"
+    assert plot.factor_of("setting_eta").label == "eta"
 
 
 def test_the_widest_of_several_slices_is_named(tmp_path, drawn, capsys):
@@ -385,7 +383,7 @@ def test_sets_of_samples_are_runs_side_by_side(tmp_path):
     runs = only(tmp_path)
     assert [(run.name, run.set) for run in runs] == [
         ("N16", ""), ("N16_eta1", "eta1"), ("N32", ""), ("N32_eta1", "eta1")]
-    found = curves.sweeps(runs)
+    found = plot.sweeps(runs)
     assert {f: [*groups] for f, groups in found.items()} == {
         "n": [16, 32], "setting_eta": [0.0, 1.0]}
     assert "setting_clip" not in runs[0].options
@@ -395,14 +393,14 @@ def test_sets_of_samples_are_runs_side_by_side(tmp_path):
 def test_a_setting_that_comes_with_the_process_does_not_split(tmp_path):
     for name, clip in (("ddpm", "True"), ("flow", "False")):
         folder_of(tmp_path, name, {"process": name}, {"": {"setting_clip": clip}})
-    assert list(curves.sweeps(only(tmp_path))) == ["process"]
+    assert list(plot.sweeps(only(tmp_path))) == ["process"]
 
 
 def test_families_are_named_by_what_differs(tmp_path):
     for n in (16, 32):
         folder_of(tmp_path, f"toy{n}", {"n": n, "data": "toy", "size": 8})
         folder_of(tmp_path, f"c{n}", {"n": n, "data": "a/cifar", "size": 16})
-    found = curves.find_runs(tmp_path)
+    found = plot.find_runs(tmp_path)
     assert {folder.relative_to(tmp_path).as_posix(): len(runs) for folder, runs in found.items()} \
         == {"figures/datatoy_size8": 2, "figures/dataa-cifar_size16": 2}
 
