@@ -709,6 +709,14 @@ def test_caches_follow_what_they_are_made_of(run, monkeypatch):
     assert len(calls) == 9
 
 
+def test_temporary_files_of_a_kill_go_and_those_of_other_stages_stay(run):
+    own, others = run / ".metrics.csv.77.tmp", run / ".log.csv.77.tmp"
+    for path in (own, others):
+        path.write_text("half")
+    measure.main([str(run), "--device", "cpu"])
+    assert not own.exists() and others.exists()
+
+
 def test_two_at_once_are_refused(run, refused):
     with train.locked(run, "measure"):
         refused(measure.main, [run], "another process")
