@@ -276,10 +276,14 @@ def test_sliced_wasserstein_error_is_the_spread_of_fresh_draws():
 
 
 def test_sliced_wasserstein_error_does_not_mind_the_classes_in_turn():
-    classes = 3 * gaussian(10, 5)                   # sample i is of class i % 10
-    x, y = (classes.repeat(20, 1) + gaussian(200, 5) for _ in range(2))
-    shuffled = measure.sliced_wasserstein(x[torch.randperm(200)], y[torch.randperm(200)], 100)[1]
-    assert measure.sliced_wasserstein(x, y[torch.randperm(200)], 100)[1] < 2 * shuffled
+    errors = []
+    for _ in range(8):
+        classes = 3 * gaussian(10, 5)               # sample i is of class i % 10
+        x, y = (classes.repeat(20, 1) + gaussian(200, 5) for _ in range(2))
+        shuffled, y = x[torch.randperm(200, generator=G)], y[torch.randperm(200, generator=G)]
+        errors.append([measure.sliced_wasserstein(v, y, 50)[1] for v in (x, shuffled)])
+    in_turn, shuffled = np.mean(errors, 0)
+    assert in_turn < 1.5 * shuffled
 
 
 def test_kid_equals_torch_fidelity_and_its_error_the_spread():
