@@ -1027,9 +1027,11 @@ def measure_twin(args, record, device):
     shift, rows = len(record["labels"]) if record["classes"] else 1, []
     for step in steps:
         both = [open_samples(a, r, device, name, step) for a, r in runs]
-        if both[0][1].settings != both[1][1].settings:
-            raise InputError(f"--twin {args.twin}: its samples of step {step} have other settings")
         n = min(len(images) for images, _, _ in both)
+        one, other = (found for _, found, _ in both)
+        if one.settings != other.settings or (one.labels[:n] != other.labels[:n]).any():
+            raise InputError(f"--twin {args.twin}: its samples of step {step} have other settings "
+                             "or classes")
         rows.append({"step": step, **twin_row(*(Context(images[:n], s) for (images, _, _), s in zip(
             both, subsets, strict=True)), shift)})
     path = args.run / f"twin_{args.twin.name}.csv"

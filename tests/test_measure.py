@@ -880,6 +880,11 @@ def test_twin_command(run, tmp_path, refused):
     assert [r["step"] for r in rows] == ["4", "6", "8", "11", "16"]
     assert all(0 <= float(r["agreement"]) <= 1 and float(r["twin_rms"]) >= 0 for r in rows)
     refused(measure.main, [run, "--twin", run], "share 8 images", "--offset 8")
+    path = file_of(twin, 16)
+    found = sample.read_samples(path)
+    sample.write_samples(path, found.images, found.labels + 1, found.settings, 0,
+                         train.identity(train.read_run(twin)))
+    refused(measure.main, [run, "--twin", twin], "other settings or classes")
 
 
 def test_floor_is_below_every_network_and_zero_at_low_noise(tiny_run):
