@@ -1,160 +1,96 @@
-"""Measure every snapshot's samples: how many are copies, \
-and how close they are to the train and held-out images.
+"""Measure every snapshot's samples: how many are copies, and how good they are.
 
-    # copies only need pixels; so do toys
-    python measure.py runs/N16_w32_B16_lr2e-3_s0
-    # FID as everyone reports it
-    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features inception
-    # where no weights can be had
-    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features pixels
+    python measure.py runs/N64_w32_B16_lr1e-3_s0                # whatever is not measured yet
+    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features inception        # the usual FID
+    # which known denoiser does the network follow, at which step and noise?
+    python measure.py runs/N64_w32_B16_lr1e-3_s0 --denoisers
 
-Writes metrics.csv (a row a snapshot), controls.csv (the same numbers on images known not to be, or
-to be, copies) and neighbours/STEP.npz (distances and indices of the two nearest training images,
-and the nearest ones to look at).
-What is done is skipped. Distances are computed without TF32; the two nearest are exact.
+Writes metrics.csv (a row per snapshot), controls.csv (the same of pictures known to be copies, or
+known not to be), spectrum.csv, duplicates.csv, and neighbours/STEP.npz (nearest training images).
+To add a metric, write a function from a Context to columns and name it in METRICS: runs measured
+before get its columns on the next call, and keep theirs.
 
-Equation numbers: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" is 1801.01401 (KID),
-"Kynkaanniemi" is 1904.06991 (precision and recall), "Alaa" is 2102.08921 (AuthPct), "Yoon" is
-openreview shciCbSk9h (d1/d2 < 1/3).
+Sources: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" 1801.01401 (KID), "Kynkaanniemi" 1904.06991
+(precision and recall), "Alaa" 2102.08921 (AuthPct), "Yoon" openreview shciCbSk9h (d1/d2 < 1/3),
+"Wang" 2412.09726 and "Kamb" 2412.20292 (denoisers), "Kadkhodaie" 2310.02557 (twins).
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
+import inspect
+import itertools
+import logging
 import math
-from contextlib import contextmanager
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sample import exact_predictor, load_subset, read_samples
-from train import (
-    PROCESSES,
-    UNREADABLE,
-    InputError,
-    command_line,
-    evaluate,
-    pick_device,
-    read_csv,
-    read_run,
-    to_float,
-    write_atomic,
-    write_csv,
-)
+import sample
+import train
+from train import LEVELS, InputError, generator, reading, to_float, write_atomic, write_csv
 
-# of d1/d2; the literature's is 1/3
-THRESHOLDS = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2}
+THRESHOLDS = {"": 1 / 3, "_quarter": 1 / 4, "_half": 1 / 2}     # of d1/d2; the literature's is 1/3
 DUPLICATE_SHARE = 0.5       # see duplicate_groups
-CACHE_VERSION = 2           # to be raised with what is computed and kept in data/cache
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
 SSCD_THRESHOLD = 0.6        # the study's: a higher cosine similarity to a training image is a copy
+SSCD_SIZE = 288             # its authors' "small 288" transform
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 
-
-@contextmanager
-def exact_float32():
-    """Matrix products and convolutions in float32 proper, whatever was set before."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+# --- Copies: the two nearest training images ------------------------------------------------------
 
 
-# --------------------------------------------------------------------------------------------------
-# Copies: the two nearest training images
-# --------------------------------------------------------------------------------------------------
+def squared_distances(queries, references):
+    """Squared distances of vectors (Q, D), (N, D), a block of queries at a time: float64 (rows, N).
 
-
-def _screen(queries, references, center, k, exclude, groups):
-    """The k smallest of |r|^2 - 2 q.r for each query, in float32.
-
-    Values and indices (Q, k), and the largest |r|. All is measured from `center`, so that the
-    numbers are small. One block of the product is in memory at a time.
+    By matrix products of what is measured from the mean reference: in float64 their rounding is
+    1e-13 of the largest squared norm. Memory: 128 MB per block, and 4,096 references in float64.
     """
-    best = torch.full((len(queries), k), math.inf, device=queries.device)
-    index = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
-    largest = 0.0
-    for start in range(0, len(references), 4096):
-        r = (references[start:start + 4096] - center).float()
-        r2 = r.square().sum(1)
-        largest = max(largest, r2.max().sqrt().item())
-        for rows in torch.arange(len(queries), device=queries.device).split(2048):
-            q = slice(int(rows[0]), int(rows[-1]) + 1)
-            score = torch.addmm(r2, queries[q], r.T, alpha=-2)              # (rows, block)
-            if exclude is not None:
-                score.masked_fill_(groups[start:start + len(r)] == exclude[q, None], math.inf)
-            value, where = score.topk(min(k, len(r)), dim=1, largest=False)
-            value, order = torch.cat([best[q], value], 1).topk(k, dim=1, largest=False)
-            best[q], index[q] = value, torch.cat([index[q], where + start], 1).gather(1, order)
-    return best, index, largest
+    center = references[:4096].double().mean(0)
+    for q in queries.split(max(1, 2**24 // len(references))):
+        q, blocks = q.double() - center, []
+        for r in references.split(4096):
+            r = r.double() - center
+            blocks.append(torch.addmm(r.square().sum(1), q, r.T, alpha=-2))
+        yield torch.cat(blocks, 1).add_(q.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
-def _best_two(q, r, index, groups, barred):
-    """The nearest of a few candidates, and the nearest outside its group: squares, indices (Q, 2).
-
-    index (Q, k): the candidates of each query, of which `barred` (Q, k) do not count. Distances
-    come from differences in float64. inf and -1 where there is none; ties go to the lower index.
-    """
-    index, order = index.sort(dim=1)
-    rows = max(1, 2**19 // (index.shape[1] * q.shape[1]))           # so few that they stay in cache
-    squared = torch.cat([(a[:, None].double() - r[i].double()).square().sum(2)
-                         for a, i in zip(q.split(rows), index.split(rows), strict=True)])
-    squared[barred.gather(1, order)] = math.inf
-    first = squared.argmin(1, keepdim=True)
-    outside = groups[index] != groups[index.gather(1, first)]
-    second = squared.masked_fill(~outside, math.inf).argmin(1, keepdim=True)
-    pair = torch.cat([first, second], 1)
-    values, found = squared.gather(1, pair), index.gather(1, pair)
-    values[:, 1:][~outside.gather(1, second)] = math.inf
-    found[values == math.inf] = -1
-    return values, found
-
-
-def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
+def two_nearest(queries, references, groups=None, exclude=None):
     """The nearest reference of each query, and the nearest outside the group of that one.
 
-    queries (Q, ...), references (N, ...), float, the same shape but for the first. groups (N,)
-    int64: references that count as one image (default: each its own). exclude (Q,): the group that
-    a query may not find (its own, say).
-    Returns Euclidean distances float64 (Q, 2) and indices int64 (Q, 2); ties go to the lower index;
-    inf and -1 where there is no second group. Exact: a matrix product in float32 picks the
-    candidates, their distances are computed anew from differences in float64, and where the
-    product's rounding could have hidden a nearer one, more candidates are taken, in the end all.
-    Memory beyond the inputs: the queries once more, and about 300 MB.
-    Raises InputError on a number that is not finite.
+    queries (Q, ...), references (N, ...), float. groups (N,) int64: references that count as one
+    image (default: each its own). exclude (Q,): the group that a query may not find, say its own.
+    Returns Euclidean distances float64 (Q, 2), taken from differences, and indices int64 (Q, 2);
+    inf and -1 where there is none.
     """
     q, r = queries.flatten(1), references.flatten(1)
-    if not all(torch.stack(torch.aminmax(x)).isfinite().all() for x in (q, r)):
-        raise InputError("two_nearest: the images hold numbers that are not finite")
     groups = torch.arange(len(r), device=r.device) if groups is None else groups
-    distances = torch.full((len(q), 2), math.inf, dtype=torch.float64, device=q.device)
-    indices = torch.full((len(q), 2), -1, dtype=torch.int64, device=q.device)
-    center, todo, k = r[:4096].mean(0), torch.arange(len(q), device=q.device), candidates
-    while len(todo):
-        k, unsure = min(k, len(r)), []
-        for part in todo.split(max(1, 2**24 // k)):
-            centered = (q[part] - center).float()
-            with exact_float32():
-                score, index, largest = _screen(
-                    centered, r, center, k, None if exclude is None else exclude[part], groups)
-            values, found = _best_two(q[part], r, index, groups, score == math.inf)
-            # A reference that was not picked scores at least max(score); the product's error is at
-            # most 2 (D + 8) u (|q| + |r|)^2 with u = 2^-24, so its distance^2 is at least `beyond`.
-            norm = centered.double().square().sum(1)
-            error = 2 * (q.shape[1] + 8) * 2**-24 * (norm.sqrt() + largest) ** 2
-            beyond = score.double().amax(1) + norm - error
-            sure = (values[:, 1] < beyond) | (k == len(r))
-            distances[part[sure]], indices[part[sure]] = values[sure].sqrt(), found[sure]
-            unsure.append(part[~sure])
-        todo, k = torch.cat(unsure), 8 * k
-    return distances, indices
+    indices, start = [], 0
+    for squared in squared_distances(q, r):
+        if exclude is not None:
+            squared[groups == exclude[start:start + len(squared), None]] = math.inf
+        start += len(squared)
+        first = squared.min(1)
+        squared[groups == groups[first.indices, None]] = math.inf
+        indices.append(torch.stack([
+            torch.where(nearest.values.isfinite(), nearest.indices, -1)
+            for nearest in (first, squared.min(1))], 1))
+    indices = torch.cat(indices)
+    distances = torch.cat([(a[:, None].double() - r[i].double()).norm(dim=2) for a, i in zip(
+        q.split(256), indices.split(256), strict=True)]).masked_fill_(indices < 0, math.inf)
+    distances, order = distances.sort(1)        # rounding may have swapped two that nearly tie
+    return distances, indices.gather(1, order)
 
 
 def copy_ratios(distances):
@@ -164,13 +100,6 @@ def copy_ratios(distances):
     """
     d1, d2 = distances.double().unbind(1)
     return torch.where((d2 > 0) & d2.isfinite(), d1 / d2, torch.ones_like(d1))
-
-
-def wilson(k, n, z=1.959964):
-    """The 95 % Wilson interval (low, high) of a share k/n."""
-    p, z2n = k / n, z * z / n
-    middle, half = p + z2n / 2, z * math.sqrt(p * (1 - p) / n + z2n / (4 * n))
-    return max(0.0, (middle - half) / (1 + z2n)), min(1.0, (middle + half) / (1 + z2n))
 
 
 def duplicate_groups(images):
@@ -183,175 +112,86 @@ def duplicate_groups(images):
     """
     x = images.flatten(1)
     _, first, inverse = np.unique(x.cpu().numpy(), axis=0, return_index=True, return_inverse=True)
-    groups = torch.from_numpy(first[inverse.reshape(-1)])
-    kept = torch.from_numpy(np.sort(first))
+    groups, kept = torch.from_numpy(first[inverse.reshape(-1)]), torch.from_numpy(np.sort(first))
     x = x[kept.to(x.device)]
     rank = min(10, max(2, len(x) // 200), len(x) - 1)
-    if rank < 2:
-        return groups.to(images.device)
-    center, own = x[:4096].mean(0), torch.arange(len(x), device=x.device)
-    with exact_float32():
-        score, index, _ = _screen(x - center, x, center, rank, own, own)
-    distance = (score + (x - center).square().sum(1, keepdim=True)).clamp(min=0).sqrt()
-    half = DUPLICATE_SHARE * distance[:, -1]
-    linked = distance < torch.minimum(half[:, None], half[index])           # (N, rank)
-    rows, columns = linked.nonzero(as_tuple=True)
-    for i, j in zip(kept[rows.cpu()].tolist(), kept[index[rows, columns].cpu()].tolist(),
-                    strict=True):
-        low, high = sorted((int(groups[i]), int(groups[j])))
-        groups[groups == high] = low
+    if rank >= 2:
+        nearest = [d.topk(rank + 1, largest=False) for d in squared_distances(x, x)]
+        distance, index = (torch.cat(part)[:, 1:] for part in zip(*nearest, strict=True))
+        half = DUPLICATE_SHARE * distance[:, -1].sqrt()
+        linked = distance.sqrt() < torch.minimum(half[:, None], half[index])        # (N, rank)
+        rows, columns = linked.nonzero(as_tuple=True)
+        for pair in torch.stack([kept[rows.cpu()], kept[index[rows, columns].cpu()]], 1).tolist():
+            low, high = sorted(groups[pair].tolist())
+            groups[groups == high] = low
     return groups.to(images.device)
 
 
-# --------------------------------------------------------------------------------------------------
-# Fidelity: distances between two sets of feature vectors
-# --------------------------------------------------------------------------------------------------
-
-
-def _factor(cov):
-    """F with F F^T = cov, for a positive semi-definite matrix (D, D).
-
-    Cholesky's; for a covariance of fewer samples than dimensions, of rank k, the k columns that it
-    has by then, if they do give the rest of the matrix; else from the eigenvectors.
-    """
-    factor, info = torch.linalg.cholesky_ex(cov)
-    if info == 0:
-        return factor
-    k = int(info) - 1
-    if k > 0:
-        top = torch.linalg.cholesky(cov[:k, :k])
-        below = torch.linalg.solve_triangular(top, cov[:k, k:], upper=False).T
-        rest = cov[k:, k:].diagonal() - below.square().sum(1)
-        if (rest.abs() < 1e-9 * cov.diagonal().max()).all():
-            return torch.cat([top, below])
-    values, vectors = torch.linalg.eigh(cov)
-    return vectors * values.clamp(min=0).sqrt()
-
-
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """Frechet distance of two Gaussians, squared, as FID is: a number.
-
-    Means (D,), covariances (D, D), computed in float64.
-    |mean1 - mean2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))  (Heusel, eq. 6). Raises InputError:
-    not finite, shapes.
-    """
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(v, dtype=torch.float64)
-                                for v in (mean1, cov1, mean2, cov2))
-    if (mean1.shape != mean2.shape or cov1.shape != cov2.shape
-            or cov1.shape != (*mean1.shape, *mean1.shape)):
-        raise InputError(f"frechet_distance: shapes {tuple(mean1.shape)}, {tuple(cov1.shape)}, "
-                         f"{tuple(mean2.shape)}, {tuple(cov2.shape)} do not fit")
-    if not all(v.isfinite().all() for v in (mean1, cov1, mean2, cov2)):
-        raise InputError("frechet_distance: a mean or covariance is not finite")
-    # cov1 = F F^T; cov1 cov2 has the eigenvalues of F^T cov2 F, which is symmetric and needs no
-    # complex numbers.
-    factor = _factor(cov1)
-    eigenvalues = torch.linalg.eigvalsh(factor.T @ cov2 @ factor)
-    root = eigenvalues.clamp(min=0).sqrt().sum()
-    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root)
-
-
-def moments(x):
-    """Mean (D,) and unbiased covariance (D, D) in float64 of feature vectors (n, D)."""
-    x = x.double()
-    return x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1])
+# --- Fidelity: distances between two sets of feature vectors --------------------------------------
 
 
 def fid(x, y):
-    """frechet_distance of the Gaussians fitted to two sets of feature vectors (n, D), (m, D).
+    """Frechet distance, squared, of the Gaussians fitted to vectors (n, D) and (m, D), in float64.
 
-    Where there are fewer vectors than dimensions it takes the short way round: with centred rows
-    X, Y the square roots of the eigenvalues of cov1 cov2 are the singular values of X Y^T, over
-    sqrt((n - 1) (m - 1)), a smaller matrix.
+    |mean1 - mean2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))  (Heusel, eq. 6). With centred rows
+    X / sqrt(n - 1) and Y / sqrt(m - 1), cov1 = X^T X, and the trace of the root is the sum of the
+    singular values of X Y^T. nan where a set has fewer than 2 vectors.
     """
-    if len(x) > x.shape[1]:
-        return frechet_distance(*moments(x), *moments(y))
-    x, y = x.double(), y.double()
-    shift = x.mean(0) - y.mean(0)
-    x, y = (x - x.mean(0)) / (len(x) - 1) ** 0.5, (y - y.mean(0)) / (len(y) - 1) ** 0.5
+    if min(len(x), len(y)) < 2:
+        return math.nan
+    shift = x.double().mean(0) - y.double().mean(0)
+    x, y = ((v.double() - v.double().mean(0)) / (len(v) - 1) ** 0.5 for v in (x, y))
+    # X = Q R has the same X^T X as R, which is smaller where there are more vectors than dimensions
+    x, y = (torch.linalg.qr(v, mode="r").R if len(v) > v.shape[1] else v for v in (x, y))
     cross = x @ y.T
     root = torch.linalg.eigvalsh(cross @ cross.T).clamp(min=0).sqrt().sum()
     return float(shift.square().sum() + x.square().sum() + y.square().sum() - 2 * root)
 
 
-def _project(x, y, projections, seed):
-    """x and y (n, D) on random unit vectors: float64 (projections, n) each, a block at a time."""
-    g = torch.Generator().manual_seed(seed)
-    theta = torch.randn(projections, x.shape[1], generator=g, dtype=torch.float64)
-    for part in F.normalize(theta, dim=1).to(x.device).split(256):
-        yield part @ x.double().T, part @ y.double().T
-
-
-def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0):
-    """Sliced 2-Wasserstein distance of two sets of as many vectors (n, D): in the features' units.
+def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
+    """Sliced 2-Wasserstein distance of vectors (n, D), as many in each set, and its standard error.
 
     (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections` random unit vectors theta, a function
-    of the seed (Bonneel 2015). W_2 in one dimension pairs the sorted values. Raises InputError
-    where the counts differ.
+    of the seed (Bonneel 2015); W_2 in one dimension pairs the sorted values. The error is the
+    jackknife's over tenths of the data, not the bootstrap's: an empirical W_2 shrinks with n, and
+    draws with replacement have fewer different points. nan for n < 10.
     """
-    return sliced_wasserstein_error(x, y, projections, seed, groups=0)[0]
-
-
-def sliced_wasserstein_error(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
-    """sliced_wasserstein and its standard error, by the jackknife over `groups` tenths of the data.
-
-    The jackknife, not the bootstrap: an empirical W_2 shrinks with n, and drawing with replacement
-    has fewer different points, while leaving a tenth out hardly changes n. nan for n < groups.
-    """
-    if x.shape != y.shape or len(x) == 0:
-        raise InputError(f"sliced_wasserstein: shapes {tuple(x.shape)} and {tuple(y.shape)} "
-                         "must be equal")
     n, groups = len(x), groups if len(x) >= groups else 0
-    member = torch.arange(n, device=x.device) % max(groups, 1)
+    # In a row, not in turn: every tenth sample may have the same class.
+    member = torch.arange(n, device=x.device) * groups // n
     total, without = 0.0, torch.zeros(groups, dtype=torch.float64)
-    for projected in _project(x, y, projections, seed):
-        (a, order_a), (b, order_b) = (p.sort(1) for p in projected)         # (projections, n)
-        total += float((a - b).square().mean(1).sum())
+    theta = torch.randn(projections, x.shape[1], dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(seed))
+    for part in F.normalize(theta, dim=1).to(x.device).split(256):
+        (a, order_a), (b, order_b) = ((part @ v.double().T).sort(1) for v in (x, y))
+        total += float((a - b).square().mean(1).sum())                          # (projections, n)
         group_a, group_b = member[order_a], member[order_b]
         for k in range(groups):                 # what is sorted stays so with some left out
             difference = (a[group_a != k] - b[group_b != k]).reshape(len(a), -1)
             without[k] += difference.square().mean(1).sum().cpu()
     without = (without / projections).sqrt()
-    error = math.nan
-    if groups > 1:
-        error = float(((groups - 1) / groups * (without - without.mean()).square().sum()).sqrt())
-    return math.sqrt(total / projections), error
+    spread = (without - without.mean()).square().sum() if groups else math.nan
+    return math.sqrt(total / projections), float((1 - 1 / max(groups, 1)) * spread) ** 0.5
 
 
-def kernel_distance(x, y):
-    """KID, the unbiased squared MMD of two sets (n, D), (m, D), and its standard error.
+def kid(x, y):
+    """The unbiased squared MMD of vectors (n, D) and (m, D), and its standard error.
 
-    With kernel (x.y / D + 1)^3. Binkowski, eq. 4; the error is the delete-one jackknife's.
-    (nan, nan) where a set has fewer than 2 vectors, and no error (nan) where it has fewer than 3.
+    With kernel (x.y / D + 1)^3. Binkowski, eq. 4; the error is the delete-one jackknife's. nan
+    where a set has fewer than 2 vectors (the error: 3).
     """
-    n, m = len(x), len(y)
-    if min(n, m) < 2:
-        return math.nan, math.nan
-    x, y = x.double(), y.double()
+    n, m, x, y = len(x), len(y), x.double(), y.double()
 
-    def sums(a, b):
-        """Row sums and column sums of the kernel matrix, a block of rows at a time."""
-        rows, columns = [], 0
-        for part in a.split(1024):
-            k = (part @ b.T / x.shape[1] + 1) ** 3
-            rows.append(k.sum(1))
-            columns = columns + k.sum(0)
-        return torch.cat(rows), columns
-
-    def own(a):
-        return (a.square().sum(1) / x.shape[1] + 1) ** 3
-    row_x, row_y, (xy, yx) = sums(x, x)[0] - own(x), sums(y, y)[0] - own(y), sums(x, y)
-    sx, sy, sxy = row_x.sum(), row_y.sum(), xy.sum()
-    value = sx / (n * (n - 1)) + sy / (m * (m - 1)) - 2 * sxy / (n * m)
-    if min(n, m) < 3:
-        return float(value), math.nan
-    without_x = ((sx - 2 * row_x) / ((n - 1) * (n - 2)) + sy / (m * (m - 1))
-                 - 2 * (sxy - xy) / ((n - 1) * m))
-    without_y = (sx / (n * (n - 1)) + (sy - 2 * row_y) / ((m - 1) * (m - 2))
-                 - 2 * (sxy - yx) / (n * (m - 1)))
-    variance = sum((len(w) - 1) / len(w) * (w - w.mean()).square().sum()
-                   for w in (without_x, without_y))
-    return float(value), float(variance.sqrt())
+    def sums(a, b):                             # of the kernel matrix's rows, by blocks of rows
+        return torch.cat([((part @ b.T / x.shape[1] + 1) ** 3).sum(1) for part in a.split(1024)])
+    xx, yy = (sums(v, v) - (v.square().sum(1) / v.shape[1] + 1) ** 3 for v in (x, y))
+    xy, yx = sums(x, y), sums(y, x)
+    value = xx.sum() / (n * (n - 1)) + yy.sum() / (m * (m - 1)) - 2 * xy.sum() / (n * m)
+    variance = 0.0
+    for k, own, cross in ((n, xx, xy / m), (m, yy, yx / n)):
+        left_out = (cross - own / (k - 2)) * 2 / (k - 1)        # the value without one, + constant
+        variance += (k - 1) / k * (left_out - left_out.mean()).square().sum()
+    return float(value), float(variance.sqrt()) if min(n, m) > 2 else math.nan
 
 
 def precision_recall(samples, real, k=3):
@@ -362,37 +202,106 @@ def precision_recall(samples, real, k=3):
     """
     if min(len(samples), len(real)) <= k:
         return math.nan, math.nan
-    # From the mean, in float64: rounding would let a point miss its own neighbour's ball.
-    center = real.double().mean(0)
-    samples, real = samples.double() - center, real.double() - center
-
-    def squared(a, b):
-        """Squared distances of rows, a block of rows of `a` at a time."""
-        for part in a.split(1024):
-            yield (part.square().sum(1)[:, None] + b.square().sum(1) - 2 * part @ b.T).clamp(min=0)
-
-    def radii(a):
-        return torch.cat([d.kthvalue(k + 1, dim=1).values for d in squared(a, a)])
 
     def inside(a, b):
-        radius = radii(b)
-        return torch.cat([(d <= radius).any(1) for d in squared(a, b)]).double().mean()
-    return float(inside(samples, real)), float(inside(real, samples))
+        radius = torch.cat([d.kthvalue(k + 1, dim=1).values for d in squared_distances(b, b)])
+        return float(torch.cat([(d <= radius).any(1)
+                                for d in squared_distances(a, b)]).double().mean())
+    return inside(samples, real), inside(real, samples)
 
 
-# --------------------------------------------------------------------------------------------------
-# Features
-# --------------------------------------------------------------------------------------------------
+# --- Caches: kept in data/cache under what they are made of ---------------------------------------
+
+say_once = functools.cache(functools.partial(print, flush=True))
+FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
+
+
+def digest_of(*things):
+    """64 hex digits of tensors, processes, functions, and what prints as what it is."""
+    digest = hashlib.sha256()
+    for x in things:
+        if isinstance(x, torch.Tensor):
+            digest.update(x.contiguous().cpu().numpy())
+        text = ((x.shape, x.dtype) if isinstance(x, torch.Tensor)
+                else train.fingerprint(x) if isinstance(x, train.Process)
+                else inspect.getsource(x) if inspect.isroutine(x) else getattr(x, "key", x))
+        digest.update(repr(text).encode())
+    return digest.hexdigest()
+
+
+def cached(function, *things, made_by=FILES):
+    """function(*things), kept in data/cache: tensors, which may come back on the CPU, or numbers.
+
+    Under what it is made of: the things, and the code, which is all of it unless `made_by` says
+    less. The file says so, too; one that says otherwise, or is damaged, is made anew.
+    """
+    key = digest_of(made_by, getattr(function, "__name__", ""), *things)
+    path = Path(f"data/cache/{key[:32]}.pt")
+    try:
+        return train.load_checkpoint(path, key, 0)["value"]
+    except InputError:
+        value = function(*things)
+    try:
+        train.save(path, {"run": key, "step": 0, "value": value})
+    except OSError:
+        say_once("data/cache: cannot be written, so nothing is kept there")
+    return value
+
+
+# --- Features -------------------------------------------------------------------------------------
+
+
+class Space(NamedTuple):
+    """A feature space: extract(uint8 images (n, H, W, C)) -> float32 (n, D)."""
+    name: str
+    extract: Callable
+    digest: str = "none"            # of the network's file, where there is one
+
+    key = property(lambda s: digest_of(s.name, s.digest, network_features, inception_net))
+
+    def of_real(self, images):
+        """extract, through the cache where a network is asked."""
+        if self.name == "pixels":
+            return self.extract(images)
+        return cached(self.extract, images, made_by=self.key).to(images.device)
+
+
+def pixel_features(images):
+    """uint8 images (n, H, W, C) -> their numbers in [-1, 1] as float32 (n, H W C)."""
+    return to_float(images).permute(0, 2, 3, 1).flatten(1)
+
+
+@torch.inference_mode()
+def network_features(net, images, flag="net", size=None, mean=0.0, std=1.0, batch=128):
+    """uint8 images (n, H, W, C) -> net(images (B, 3, H, W) in [0, 1]), float32 (n, D).
+
+    size: resize to size x size first; mean, std: numbers or (1, 3, 1, 1). Raises InputError, naming
+    the flag, where the network fails or returns anything but finite (B, D).
+    """
+    features = []
+    for part in tqdm(images.split(batch), desc="features", unit="batch", leave=False, disable=None):
+        x = part.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1).contiguous() / 255
+        if size:
+            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+        with reading(f"{flag}, given {tuple(x.shape)}"):
+            y = net((x - mean) / std)
+            if not isinstance(y, torch.Tensor) or y.dim() != 2 or len(y) != len(x):
+                raise TypeError(f"returns {getattr(y, 'shape', type(y).__name__)}, "
+                                f"must be a tensor ({len(x)}, D)")
+            if not y.isfinite().all():
+                raise ValueError("returns numbers that are not finite")
+        features.append(y.float())
+    return torch.cat(features)
 
 
 def inception_net(state):
-    """The Inception v3 of FID, from a state dict.
+    """The Inception v3 of FID, (B, 3, 299, 299) in [-1, 1] -> (B, 2048), from a state dict.
 
-    uint8-like images (B, 3, H, W) in [0, 1] -> features (B, 2048). torchvision's network, changed
-    to what the 2015 TensorFlow graph computes: average pools that do not count the padding, a max
-    pool in the last block, 1,008 classes. Raises InputError where the weights are of another graph.
+    As pytorch-fid 0.3.0 computes it: torchvision's network, but average pools do not count the
+    padding, the last block has a max pool, and there are 1,008 classes. Raises InputError.
     """
-    from torchvision.models import inception as tv
+    with train.needs_torchvision("--features inception"):
+        from torchvision.models import inception as tv
 
     def patched(block, pool=lambda x: F.avg_pool2d(x, 3, stride=1, padding=1,
                                                    count_include_pad=False)):
@@ -406,259 +315,647 @@ def inception_net(state):
     net = tv.Inception3(num_classes=1008, aux_logits=False, transform_input=False,
                         inception_blocks=blocks, init_weights=False, dropout=0.0)
     net.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, stride=1, padding=1)
-    try:
+    with reading("--weights: not the state dict of the FID Inception graph"):
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith("AuxLogits.")})
-    except (RuntimeError, AttributeError):
-        raise InputError("--weights: not the state dict of the FID Inception graph") from None
     net.fc = torch.nn.Identity()
     return net.eval().requires_grad_(False)
 
 
-def load_weights(path=None):
-    """The FID network's state dict and the first 8 hex digits of its file's SHA-256.
+def load_inception(weights, device):
+    """The space of FID: weights from a file, or (None) pytorch-fid's GitHub release, kept by torch.
 
-    From `path`, or from pytorch-fid's GitHub release through torch.hub, which checks the hash and
-    keeps the file. Raises InputError where the file is missing, damaged, or cannot be fetched,
-    saying what to fetch and where to.
+    Raises InputError where they cannot be had or are damaged, saying what to fetch and where to.
     """
-    place = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.split("/")[-1]
-    if path is None:
-        try:
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.split("/")[-1])
+    if weights is None:
+        with reading("--features inception: the weights cannot be had",
+                     f"fetch {WEIGHTS_URL} to {path}, or name the file with --weights"):
             torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False,
                                                map_location="cpu")
-        except UNREADABLE as error:         # no network, a full disk, a wrong hash, a damaged file
-            raise InputError(f"--features inception: the weights cannot be had ({error}); fetch "
-                             f"{WEIGHTS_URL} to {place}, or name the file with --weights") from None
-    path = Path(path or place)
-    try:
+    with reading(f"--weights {path}"):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"--weights {path}: {error.strerror}") from None
-    except UNREADABLE as error:
-        raise InputError(f"--weights {path}: damaged or no state dict "
-                         f"({type(error).__name__})") from None
+    net = inception_net(state).to(device)
     if digest not in WEIGHTS_URL:
         print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not "
               "comparable", flush=True)
-    return state, digest
+    return Space("inception", functools.partial(
+        network_features, net, flag="--features inception", size=299, mean=0.5, std=0.5), digest)
 
 
-def pixel_features(images):
-    """uint8 images (n, H, W, C) -> their numbers in [-1, 1] as float32 (n, H W C)."""
-    return to_float(images).permute(0, 2, 3, 1).flatten(1)
+def load_network(flag, path, device, **options):
+    """The space of a saved network, uint8-like images (B, 3, H, W) in [0, 1] -> (B, D).
 
-
-@torch.inference_mode()
-def inception_features(net, images, batch=128):
-    """uint8 images (n, H, W, C) -> pool features float32 (n, 2048).
-
-    As pytorch-fid 0.3.0 computes them.
+    A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. Named by
+    the file's stem and digest. options: of network_features. Raises InputError.
     """
-    features = []
-    for part in tqdm(images.split(batch), desc="Inception", unit="batch", leave=False,
-                     disable=None):
-        x = part.permute(0, 3, 1, 2).float() / 255
-        x = F.interpolate(x.expand(-1, 3, -1, -1), size=(299, 299), mode="bilinear",
-                          align_corners=False)
-        with exact_float32():
-            features.append(net(2 * x - 1).float())
-    return torch.cat(features)
-
-
-def load_space(space, weights, device):
-    """A feature space: (uint8 images (n, H, W, C) -> features (n, D), digest of its weights)."""
-    if space == "pixels":
-        return pixel_features, "none"
-    state, digest = load_weights(weights)
-    net = inception_net(state).to(device)
-    return lambda images: inception_features(net, images), digest
+    with reading(f"{flag} {path}"):
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+        if Path(path).suffix == ".pt2":
+            logging.getLogger("torch.export").disabled = True   # it prints tracebacks, beside ours
+            net = torch.export.load(path).module().to(device)
+        else:
+            say_once(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; save it by "
+                     "torch.export as a .pt2 file")
+            net = torch.jit.load(path, map_location=device).eval()
+    extract = functools.partial(network_features, net, flag=f"{flag} {path}", **options)
+    return Space(re.sub(r"[^\w.-]", "-", Path(path).stem) + f"-{digest}", extract, digest)
 
 
 def load_sscd(path, device):
-    """An SSCD model from its TorchScript file, as load_space gives a space; features of length 1.
-
-    Preprocessed as its authors' "small 288" transform does. Raises InputError: missing, damaged.
-    """
-    try:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-        net = torch.jit.load(path, map_location=device).eval()
-    except OSError as error:
-        raise InputError(f"--sscd {path}: {error.strerror}") from None
-    except UNREADABLE as error:
-        raise InputError(f"--sscd {path}: no TorchScript file ({type(error).__name__})") from None
+    """The space of an SSCD model, images prepared as its authors' "small 288" transform does."""
     mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1)
                  for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
-    @torch.inference_mode()
-    def features(images, batch=128):
-        found = []
-        for part in tqdm(images.split(batch), desc="SSCD", unit="batch", leave=False, disable=None):
-            x = part.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1) / 255
-            x = F.interpolate(x, size=(288, 288), mode="bilinear", align_corners=False)
-            with exact_float32():
-                found.append(F.normalize(net((x - mean) / std).float(), dim=1))
-        return torch.cat(found)
-    return features, digest
+    space = load_network("--sscd", path, device, size=SSCD_SIZE, mean=mean, std=std)
+    return space._replace(name="sscd", extract=lambda x: F.normalize(space.extract(x), dim=1))
 
 
-def features_of(space, spaces, images):
-    """Features of real images, cached by content: they do not change from snapshot to snapshot."""
-    extract, digest = spaces[space]
-    return cached(f"{space} {digest}", lambda: {"features": extract(images)}, images)["features"]
+def load_space(name, weights, device):
+    """The Space of --features: inception, pixels or a file."""
+    if name == "pixels":
+        return Space("pixels", pixel_features)
+    return load_inception(weights, device) if name == "inception" else load_network(
+        "--features", name, device)
 
 
-def cached(name, compute, *images):
-    """compute() -> dict of arrays, kept in data/cache.
-
-    Kept under `name` and the content of the (uint8, tensor) images.
-    """
-    digest = hashlib.sha256(f"{CACHE_VERSION} {name}".encode())
-    for part in images:
-        digest.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
-    path = Path("data/cache") / f"{digest.hexdigest()[:32]}.npz"
-    try:
-        with np.load(path) as archive:
-            arrays = {key: torch.from_numpy(archive[key]) for key in archive.files}
-    except UNREADABLE:                              # not there, or damaged: made anew
-        arrays = compute()
-        write_atomic(path, lambda f: np.savez(f, **{k: v.cpu().numpy() for k, v in arrays.items()}))
-    return {key: value.to(images[0].device) for key, value in arrays.items()}
-
-
-# --------------------------------------------------------------------------------------------------
-# One run
-# --------------------------------------------------------------------------------------------------
+# --- What a metric sees ---------------------------------------------------------------------------
 
 
 class Subset:
-    """The training subset that copies are searched in.
+    """The training subset that copies are searched in, the held-out images, and their features.
 
-    Images in [-1, 1], groups of duplicates, and controls.
+    train, heldout uint8 (n, S, S, C); groups (N,) of near-duplicates. Where training flipped, a
+    mirrored copy is a copy, of the same group as its original. space: of fidelity; most: the
+    held-out images that it takes at most. Raises InputError where all are near-duplicates.
     """
 
-    def __init__(self, data, flip, device):
+    def __init__(self, data, flip, device, space=None, sscd=None, most=None):
         self.train = torch.from_numpy(data.train_images).to(device)
-        self.heldout = torch.from_numpy(data.test_images).to(device)
-        self.groups = cached(f"groups {DUPLICATE_SHARE}",
-                             lambda: {"groups": duplicate_groups(pixel_features(self.train))},
-                             self.train)["groups"]
+        self.heldout = torch.from_numpy(data.heldout_images).to(device)
+        self.groups = cached(duplicate_groups, pixel_features(self.train)).to(device)
         if len(self.groups.unique()) < 2:
             raise InputError("the training images are all near-duplicates of one another: d1/d2 "
                              "has no meaning")
-        self.pixels = pixel_features(self.train)
-        self.search, self.search_groups = self.pixels, self.groups
-        if flip:        # a mirrored copy is a copy, of the same group as its original
-            self.search = torch.cat([self.pixels, pixel_features(self.train.flip(2))])
-            self.search_groups = self.groups.repeat(2)
+        views = [self.train, self.train.flip(2)] if flip else [self.train]
+        self.search = torch.cat([pixel_features(view) for view in views])
+        self.search_groups = self.groups.repeat(len(views))
+        self.space, self.sscd = space or Space("pixels", pixel_features), sscd
+        self.most = min(most or len(self.heldout), len(self.heldout))
+        self.key = digest_of(self.search, self.heldout, self.most, self.space, sscd)
 
     def nearest(self, images, exclude=None):
-        """two_nearest of uint8 images among the subset.
+        """two_nearest of uint8 images: distances and indices, each (n, 2)."""
+        distances, i = (x.to(self.train.device) for x in cached(
+            two_nearest, pixel_features(images), self.search, self.search_groups, exclude))
+        return distances, torch.where(i < 0, i, i % len(self.train))
 
-        An index beyond n, of a mirrored image, is taken back.
-        """
-        distances, indices = two_nearest(pixel_features(images), self.search, self.search_groups,
-                                         exclude)
-        return {"distances": distances,
-                "indices": torch.where(indices < 0, indices, indices % len(self.train))}
+    # The neighbours of each training image among those of other groups.
+    own = functools.cached_property(lambda s: s.nearest(s.train, s.groups))
 
-    def controls(self):
-        """Neighbours of images that are no copies, cached: held-out, and training left out.
-
-        The latter searches each training image among those of other groups.
-        """
-        flip = len(self.search) > len(self.pixels)
-        return {"heldout": cached(f"null {flip}", lambda: self.nearest(self.heldout),
-                                  self.heldout, self.train, self.groups),
-                "leave_one_out": cached(f"self {flip}",
-                                        lambda: self.nearest(self.train, self.groups),
-                                        self.train, self.groups)}
+    @functools.cached_property
+    def references(self):
+        """Features of real images: {"train", "heldout", "sscd"}, float (n, D)."""
+        return {"train": self.space.of_real(self.train),
+                "heldout": self.space.of_real(self.heldout[:self.most]),
+                "sscd": self.sscd and self.sscd.of_real(self.train)}
 
 
-def copying_row(found, groups):
-    """What neighbours (distances, indices) say of copying, as CSV columns.
+@dataclass
+class Context:
+    """Pictures to be measured, uint8 (n, S, S, C), and what a metric may ask of them, once each."""
+    images: torch.Tensor
+    subset: Subset
+    splits: tuple = ("train", "heldout")        # what fidelity is measured against
 
-    The share of copies at each threshold with its interval; how many different training images
-    (groups) are copied at 1/3, and how often the most copied one is.
-    """
-    ratios, row = copy_ratios(found["distances"]), {}
-    n = len(ratios)
-    for name, threshold in THRESHOLDS.items():
-        k, suffix = int((ratios < threshold).sum()), "" if name == "third" else f"_{name}"
-        low, high = wilson(k, n)
-        row |= {f"copy_ratio{suffix}": k / n, f"copy_low{suffix}": low, f"copy_high{suffix}": high}
-    copied = groups[found["indices"][ratios < THRESHOLDS["third"], 0]]
-    counts = torch.bincount(copied) if len(copied) else torch.zeros(1)
+    count = property(lambda c: min(len(c.images), c.subset.most))       # fidelity's first pictures
+    features = functools.cached_property(lambda c: c.subset.space.extract(c.images[:c.count]))
+    pixels = functools.cached_property(lambda c: pixel_features(c.images))          # (n, D)
+    neighbours = functools.cached_property(lambda c: c.subset.nearest(c.images))
+    distances = property(lambda c: c.neighbours[0][:, 0])       # to the nearest training image
+    nearest = property(lambda c: c.neighbours[1][:, 0])         # its index
+    ratios = functools.cached_property(lambda c: copy_ratios(c.neighbours[0]))      # d1/d2
+    key = property(lambda c: digest_of(c.images, c.nearest, c.splits, c.subset))
+
+
+# --- Metrics: functions from a Context to columns -------------------------------------------------
+
+
+def share(name, hits, end=""):
+    """The share of True in hits (n,), with its 95 % Wilson interval: columns NAME_ratio, ..."""
+    n, z = len(hits), 1.959964
+    p, z2n = int(hits.sum()) / n, z * z / n
+    middle, half = p + z2n / 2, z * math.sqrt(p * (1 - p) / n + z2n / (4 * n))
+    return {f"{name}_ratio{end}": p, f"{name}_low{end}": max(0.0, (middle - half) / (1 + z2n)),
+            f"{name}_high{end}": min(1.0, (middle + half) / (1 + z2n))}
+
+
+def copying(c):
+    """The share of copies at each threshold of d1/d2; how many different training images (groups)
+    are copied at 1/3, and how often the most copied one is."""
+    row = {}
+    for end, threshold in THRESHOLDS.items():
+        row |= share("copy", c.ratios < threshold, end)
+    copied = c.subset.groups[c.nearest[c.ratios < THRESHOLDS[""]]]
+    counts = torch.bincount(copied, minlength=1)
     return row | {"distinct_copied": int((counts > 0).sum()), "most_copied": int(counts.max())}
 
 
-def auth_share(found, own):
-    """AuthPct, as a share (Alaa, eq. 8): samples farther from their nearest training image than
-    that one is from its own nearest. found: the samples' neighbours, own: the training images'."""
-    nearest = own["distances"][found["indices"][:, 0], 0]
-    return float((found["distances"][:, 0] >= nearest).double().mean())
+def authenticity(c):
+    """AuthPct, as a share (Alaa, eq. 8): pictures farther from their nearest training image than
+    that one is from its own nearest."""
+    own, _ = c.subset.own
+    return {"auth_share": float((c.distances >= own[c.nearest, 0]).double().mean())}
 
 
-def fidelity_row(name, features, references):
-    """Distances in one feature space, as CSV columns.
+def distances_of(x, reference, end):
+    """FID, KID and sliced Wasserstein distance of features (m, D), as columns that end in `end`.
 
-    features (n, D); references {"train": (N, D), "heldout": (M, D)}. Equal counts throughout:
-    against each split, the first m = min(n, M) of the held-out images, and as many of the training
-    images, repeated in turn where there are fewer: m draws from what a perfect memorizer shows.
-    KID, precision and recall, which look at pairs, take each image once.
-    FID is biased in m, so it has no interval: compare it at equal m only.
+    At equal counts: the first m reference vectors, repeated in turn where there are fewer, which is
+    what a perfect memorizer shows in m draws. KID, which looks at pairs, takes each once. FID is
+    biased in m, so it has no interval: compare it at equal m only.
     """
-    row, m = {}, min(len(features), len(references["heldout"]))
-    for split, reference in references.items():
-        x, y = features[:m], reference[torch.arange(m, device=features.device) % len(reference)]
-        end = f"{name}_{split}"
-        row[f"fid_{end}"] = fid(x, y) if m > 1 else math.nan
-        once = y[:len(reference)]
-        row[f"kid_{end}"], row[f"kid_error_{end}"] = kernel_distance(x, once)
-        row[f"sw_{end}"], row[f"sw_error_{end}"] = sliced_wasserstein_error(
-            x[:SW_SAMPLES], y[:SW_SAMPLES])
-        row[f"precision_{end}"], row[f"recall_{end}"] = precision_recall(x, once)
-    return row
+    y = reference[torch.arange(len(x), device=x.device) % len(reference)]
+    values = [fid(x, y), *kid(x, reference[:len(x)]),
+              *sliced_wasserstein(x[:SW_SAMPLES], y[:SW_SAMPLES])]
+    return {f"{name}_{end}": value for name, value in zip(
+        ("fid", "kid", "kid_error", "sw", "sw_error"), values, strict=True)}
 
 
-def similarity_row(features, train, heldout):
-    """The study's memorization score and its null, from unit SSCD features (n, D), as CSV columns.
-
-    The share whose highest cosine similarity to a training image exceeds .6.
-    """
+def fidelity(c):
+    """How far the pictures' distribution is from the training and from the held-out images'."""
     row = {}
-    for name, x in (("sscd", features), ("null_sscd", heldout)):
-        with exact_float32():
-            highest = torch.cat([(part @ train.T).amax(1) for part in x.split(1024)])
-        k = int((highest > SSCD_THRESHOLD).sum())
-        row |= dict(zip((f"{name}_ratio", f"{name}_low", f"{name}_high"),
-                        (k / len(x), *wilson(k, len(x))), strict=True))
+    for split in c.splits:
+        end, reference = f"{c.subset.space.name}_{split}", c.subset.references[split]
+        row |= distances_of(c.features, reference, end)
+        row |= zip((f"precision_{end}", f"recall_{end}"),
+                   precision_recall(c.features, reference[:c.count]), strict=True)
     return row
+
+
+def replaced(c):
+    """Distances to held-out images were each picture its nearest training image: a hump that stays
+    comes from which images are copied, not from how the pictures look."""
+    if "heldout" not in c.splits:
+        return {}
+    x, held = c.subset.references["train"][c.nearest[:c.count]], c.subset.references["heldout"]
+    row = distances_of(x, held, f"{c.subset.space.name}_replaced")
+    return {key: value for key, value in row.items() if "error" not in key}
+
+
+def sharpness(c):
+    """Gradient energy, the mean squared difference of horizontal neighbours plus that of vertical
+    ones, and contrast, the mean standard deviation of a channel, of numbers in [0, 1]."""
+    x = (to_float(c.images) + 1) / 2
+    return {"sharpness": float(sum(x.diff(dim=d).square().mean() for d in (2, 3))),
+            "contrast": float(x.flatten(2).std(2, unbiased=False).mean())}
+
+
+def nearest_rms(c):
+    """The median distance to the nearest training image, as the rms over numbers in [-1, 1]."""
+    return {"nearest_rms": float(c.distances.median()) / math.sqrt(c.pixels.shape[1])}
+
+
+def non_negative(x, y, sweeps=300):
+    """Weights w (n, k) >= 0 for which w @ y is nearest to x, by coordinate descent, in float64.
+
+    x (n, D), y (n, k, D): non-negative least squares, on the Gram matrices (n, k, k).
+    """
+    gram, b = y @ y.mT, (y @ x[:, :, None])[..., 0]
+    w, scale = torch.zeros_like(b), gram.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
+    for j in [*range(w.shape[1])] * sweeps:
+        slope = (gram[:, j] * w).sum(1) - b[:, j]
+        w[:, j] = (w[:, j] - slope / scale[:, j]).clamp(min=0)
+    return w
+
+
+def mixture(c, k=10):
+    """How far the pictures are from mixtures of training images: the median rms, over numbers in
+    [-1, 1], of what the best non-negative combination of the k nearest leaves."""
+    known, left = c.subset.search, []
+    index = torch.cat([d.topk(min(k, len(known)), largest=False).indices
+                       for d in squared_distances(c.pixels, known)])
+    for x, i in zip(c.pixels.double().split(512), index.split(512), strict=True):
+        y = known[i].double()                                           # (rows, k, D)
+        left.append((x - (non_negative(x, y)[:, :, None] * y).sum(1)).square().mean(1).sqrt())
+    return {"mixture_residual": float(torch.cat(left).median())}
+
+
+def near_samples(c):
+    """The share of pictures that are no copies, yet nearer to another picture than to any training
+    image: spurious attractors (arXiv 2505.21777), where it is more than held-out images have."""
+    x, own = c.pixels[:c.count], torch.arange(c.count, device=c.images.device)
+    near = two_nearest(x, x, exclude=own)[0][:, 0] < c.distances[:c.count]
+    return {"near_samples": float((near & (c.ratios[:c.count] >= THRESHOLDS[""])).double().mean())}
+
+
+def similarity(c):
+    """The study's memorization score, if asked for: the share whose highest cosine similarity to a
+    training image in SSCD features exceeds .6."""
+    if c.subset.sscd is None:
+        return {}
+    y, x = c.subset.references["sscd"].double(), c.subset.sscd.extract(c.images).double()
+    highest = torch.cat([(part @ y.T).amax(1) for part in x.split(1024)])
+    return share("sscd", highest > SSCD_THRESHOLD)
+
+
+METRICS = (copying, authenticity, fidelity, replaced, sharpness, nearest_rms, mixture, near_samples,
+           similarity)
+NULLS = ("copy_ratio", "copy_low", "copy_high", "auth_share", "sscd")   # held-out images' beside
+
+
+def power_spectrum(images):
+    """The power at 0, 1, ... S/2 cycles per image of uint8 images (n, S, S, C): columns power_k.
+
+    |c|^2 of the Fourier coefficients c of a channel in [0, 1] (they sum to its mean square), the
+    mean over the images and over all frequencies whose radius rounds to k.
+    """
+    power = sum(torch.fft.fft2((to_float(part) + 1) / 2, norm="forward").abs().square().mean(1)
+                .sum(0) for part in images.split(1024)) / len(images)
+    cycles = torch.fft.fftfreq(len(power), 1 / len(power), device=images.device)
+    radius = torch.hypot(cycles[:, None], cycles).round()
+    return {f"power_{k}": float(power[radius == k].mean()) for k in range(len(power) // 2 + 1)}
 
 
 @torch.inference_mode()
 def loss_floor(process, images, labels, count):
-    """The loss of the exact denoiser on its own images, in slices of t: as train.evaluate gives it.
+    """The perfect memorizer's loss on its own images, by level, as train.evaluate gives it: a list.
 
-    images uint8 (n, S, S, C), labels (n,) or None. The perfect memorizer's: no network has less.
+    images uint8 (n, S, S, C), labels (n,) or None. No network has less.
     """
-    known = to_float(images).contiguous()
+    net = sample.memorizer(process, to_float(images).contiguous(), labels)
+    return train.evaluate(net, process, images, labels, count, amp="off")[1].tolist()
+
+
+# --- One run --------------------------------------------------------------------------------------
+
+
+def write_table(path, rows):
+    """Write dicts as CSV, with every column that any of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    write_csv(path, [{c: row.get(c, "") for c in columns} for row in rows])
+
+
+def read_table(path):
+    """The rows of a table, by (set, step): {key: [row]}. Raises InputError: damaged, another's."""
+    table = {}
+    for row in train.read_csv(path):
+        with reading(path, "delete it to measure anew"):
+            table.setdefault((row.get("set", ""), int(row["step"])), []).append(row)
+    return table
+
+
+def open_samples(args, record, device, name, step):
+    """The first --num samples of a snapshot, uint8 (n, S, S, C), checked; the file's Samples; and a
+    digest of these samples."""
+    path, shape = sample.samples_path(args.run, name, step), tuple(record["image_shape"])
+    found, num = sample.read_samples(path, train.identity(record)), args.num
+    images = found.images
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        raise InputError(f"{path}: {images.dtype} {images.shape}, "
+                         f"must be uint8 (num, {', '.join(map(str, shape))})")
+    if num and num > len(images):
+        raise InputError(f"--num {num}: {path} holds only {len(images)}; run sample.py --num {num}")
+    images = np.ascontiguousarray(images[:num])
+    return (torch.from_numpy(images).to(device), found,
+            hashlib.sha256(images.tobytes()).hexdigest()[:8])
+
+
+def write_neighbours(path, c, digest="", step=-1, labels=()):
+    """neighbours/[SET/]STEP.npz: the two nearest training images of each, the first 64 to look at.
+    """
+    arrays = {"distances": c.neighbours[0], "indices": c.neighbours[1], "ratios": c.ratios,
+              "samples": c.images[:64], "nearest": c.subset.train[c.nearest[:64]]}
+    arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
+    write_atomic(path, lambda file: np.savez(file, labels=labels, samples_digest=digest, step=step,
+                                             **arrays))
+
+
+def has_neighbours(path, digest, step):
+    """Whether the file is whole, and made of these samples."""
+    try:
+        with reading(path), np.load(path) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+            return (str(arrays["samples_digest"]), int(arrays["step"])) == (digest, step)
+    except InputError:
+        return False
+
+
+def measure_controls(run, subset, exact):
+    """controls.csv and neighbours/CONTROL.npz. Returns {control: {metric: columns}}.
+
+    heldout: the held-out images as if they were samples, what a perfect generalizer draws; where
+    there are enough, those compared are others than the reference. training: as many draws of
+    training images, a perfect memorizer's. leave_one_out: each training image among the others.
+    exact: samples of the exact denoiser, or None. Metrics are kept in the cache, which tells which
+    columns METRICS have. What the file holds of another feature space stays, if of as many.
+    """
+    apart = 2 * subset.most <= len(subset.heldout)
+    draws = torch.randint(len(subset.train), (subset.most,), generator=generator("cpu", "control"))
+    contexts = {"heldout": Context(subset.heldout.roll(-subset.most * apart, 0), subset,
+                                   ("train", "heldout")[:1 + apart]),
+                "training": Context(subset.train[draws.to(subset.train.device)], subset),
+                "leave_one_out": Context(subset.train, subset)}
+    contexts["leave_one_out"].neighbours = subset.own
+    contexts |= {} if exact is None else {"exact": Context(exact, subset)}
+    old, rows, found = {r.get("name"): r for r in train.read_csv(run / "controls.csv")}, [], {}
+    for name, c in contexts.items():
+        metrics = (copying, nearest_rms) if name == "leave_one_out" else METRICS
+        found[name] = {metric: cached(metric, c) for metric in metrics}
+        row = {"name": name, "images": len(c.images), "compared": c.count}
+        same = all(str(value) == old.get(name, {}).get(key) for key, value in row.items())
+        rows.append(functools.reduce(dict.__or__, found[name].values(),
+                                     row | (old[name] if same else {})))
+        write_neighbours(run / f"neighbours/{name}.npz", c)
+    write_table(run / "controls.csv", rows)
+    return found
+
+
+def missing(row, digest, columns, spaces):
+    """What a row of metrics.csv says of samples with this digest, and the metrics that it lacks."""
+    row = row if row.get("samples_digest") == digest else {}
+    for s in spaces:
+        if row.get(f"weights_{s.name}") != s.digest:
+            row = {k: v for k, v in row.items() if s.name not in k}
+    return row, [m for m, names in columns.items() if not all(row.get(name) for name in names)]
+
+
+@torch.inference_mode()
+def measure(args, record, device):
+    """All tables of a run. What is done is skipped, snapshot by snapshot and metric by metric."""
+    run, options, sets = args.run, record["options"], sample.sample_sets(args.run)
+    read = functools.partial(open_samples, args, record, device)
+    drawn = {(name, step): read(name, step) for name, steps in sets.items() for step in steps}
+    if not drawn:
+        raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
+    exact = [read(name, "exact")[0] for name in sets
+             if sample.samples_path(run, name, "exact").exists()][:1] or [None]
+    table = {key: rows[0] for key, rows in read_table(run / "metrics.csv").items()}
+    spaces = [load_space(args.features, args.weights, device)]
+    spaces += [load_sscd(args.sscd, device)] if args.sscd else []
+    data = train.load_subset(run, record, args.data)
+    subset = Subset(data, options["flip"], device, *spaces,
+                    most=max(len(images) for images, _, _ in drawn.values()))
+    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in
+                                       enumerate(subset.groups.tolist()) if g != i],
+              columns=("image", "duplicate_of"))
+    write_table(run / "spectrum.csv", [
+        {"name": "", "set": name, "step": step, **power_spectrum(images)}
+        for (name, step), (images, _, _) in drawn.items()] + [
+        {"name": "heldout", **power_spectrum(subset.heldout)},
+        {"name": "training", **power_spectrum(subset.train)}])
+    controls = measure_controls(run, subset, *exact)
+    floor = cached(loss_floor, train.PROCESSES[options["process"]], *train.data_on(
+        device, data, record["classes"])["train"], options["eval_images"])
+    same = {f"null_{k}": v for columns in controls["heldout"].values() for k, v in columns.items()
+            if k.startswith(NULLS)} | {f"floor_level{k}": v for k, v in enumerate(floor)}
+    measure_samples(args, options["batch"], drawn, subset, table, controls["training"], same)
+    if args.planted:
+        write_csv(run / "planted.csv", planted_rows(subset))
+        print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
+
+
+def measure_samples(args, batch, drawn, subset, table, columns, same):
+    """metrics.csv and neighbours/[SET/]STEP.npz of the samples that lack any of the columns.
+
+    columns: {metric: its columns}; same: columns that are the same in all rows.
+    """
+    run, spaces, todo = args.run, [s for s in (subset.space, subset.sscd) if s], []
+    for (name, step), (_, _, digest) in drawn.items():
+        row, lacking = missing(table.get((name, step), {}), digest, columns, spaces)
+        table[name, step] = row | same if row else {}
+        path = run / "neighbours" / name / f"{step:07d}.npz"
+        if lacking or not has_neighbours(path, digest, step):
+            todo.append((name, step, lacking, path))
+    print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
+          f"{', '.join(s.name for s in spaces)}, on {subset.train.device}", flush=True)
+
+    def write():
+        write_table(run / "metrics.csv", [table[key] for key in sorted(table) if table[key]])
+    for name, step, lacking, path in todo:
+        images, found, digest = drawn[name, step]
+        c = Context(images, subset)
+        row = {"set": name, "step": step, "images": step * batch, "samples": len(images),
+               "samples_digest": digest, **{f"setting_{k}": v for k, v in found.settings.items()},
+               "out_of_range": found.out_of_range} | table[name, step]
+        for metric in lacking:
+            row |= metric(c)
+        write_neighbours(path, c, digest, step, found.labels[:len(images)])
+        table[name, step] = row | same | {f"weights_{s.name}": s.digest for s in spaces}
+        write()
+        print(f"{name} step {step:7d}  copies {float(row['copy_ratio']):.4f}  FID train "
+              f"{float(row[f'fid_{subset.space.name}_train']):.2f}  held-out "
+              f"{float(row[f'fid_{subset.space.name}_heldout']):.2f}", flush=True)
+    write()
+
+
+# --- Which known denoiser does the network follow? ------------------------------------------------
+
+INPUTS = 64             # pictures of each kind at each level
+
+
+def gaussian(images):
+    """f(xt, a, s) -> E[x0 | xt] under the mean and covariance of images (N, C, H, W) (Wang).
+
+    A Wiener filter: m + V diag(a v / (a^2 v + s^2)) V^T (xt - a m), with the covariance's N or
+    fewer eigenvectors V and values v that are not 0.
+    """
+    mean = images.flatten(1).mean(0)
+    _, root, basis = torch.linalg.svd(images.flatten(1) - mean, full_matrices=False)
+    value = root.square() / len(images)
+
+    def estimate(xt, a, s):
+        a, s = a[:, None], s[:, None]
+        part = (xt.flatten(1) - a * mean) @ basis.T * (a * value / (a**2 * value + s**2))
+        return (mean + part @ basis).reshape(xt.shape)
+    return estimate
+
+
+def local(images, patch=3):
+    """f(xt, a, s) -> x0, each pixel the posterior mean over the images' patches at its place.
+
+    A patch is the patch x patch pixels around it, as far as they lie in the picture. Kamb's local
+    denoiser, with patches of the same place only. images (N, C, H, W); memory: about 500 MB.
+    """
+    mean, known = images.mean(0), F.pad(images - images.mean(0), [patch // 2] * 4)
+
+    def patches(padded, i):         # around the pixels of row i: (W, n, C patch^2)
+        return F.unfold(padded[:, :, i:i + patch], patch).permute(2, 0, 1)
+
+    def estimate(xt, a, s):
+        x0, a, s = torch.empty_like(xt), a[:, None, None, None], s[:, None, None, None]
+        x = F.pad(xt - a * mean, [patch // 2] * 4)
+        for i in range(xt.shape[2]):
+            y, center = patches(known, i), (images - mean)[:, :, i].permute(2, 0, 1)
+            y2, rows = y.square().sum(2)[:, None], max(1, 2**25 // (len(y) * len(images)))
+            for q in torch.arange(len(xt), device=xt.device).split(rows):
+                a_, s_ = a[q, :, 0, 0], s[q, :, 0, 0]
+                weight = ((patches(x[q], i) @ y.mT - 0.5 * a_ * y2) * (a_ / s_**2)).softmax(2)
+                x0[q, :, i] = (weight @ center).permute(1, 2, 0)                # (q, C, W)
+        return x0 + mean
+    return estimate
+
+
+def per_class(make, process, images, labels):
+    """net(xt, t, labels) of the estimates make(images of a class): f(xt, a, s) -> x0.
+
+    A class of fewer than two images takes all images.
+    """
+    @functools.cache
+    def estimate(k):
+        return make(images[labels == k] if (labels == k).sum() > 1 else images)
 
     def net(xt, t, wanted):
-        return exact_predictor(process, known, None if labels is None else (labels, wanted))(xt, t)
-    with exact_float32():
-        return evaluate(net, process, images, labels, count, amp="off")[1]
+        (a, s), x0 = process.schedule(t), torch.empty_like(xt)
+        for k in wanted.unique().tolist():
+            rows = wanted == k
+            x0[rows] = estimate(k)(xt[rows], a[rows], s[rows])
+        return process.prediction(xt, x0, t)
+    return net
 
 
-# --------------------------------------------------------------------------------------------------
-# Planted copies, twins
-# --------------------------------------------------------------------------------------------------
+def x0_of(net, process, xt, t, labels):
+    """What a net takes for x0, (n, C, H, W); clamped where sampling clamps it."""
+    x0 = torch.cat([process.x0_eps(x, net(x, u, k), u)[0] for x, u, k in zip(
+        xt.split(256), t.split(256), labels.split(256), strict=True)])
+    return x0.clamp(-1, 1) if process.clip else x0
+
+
+def noised(process, x0, labels):
+    """(xt, t, labels): images (n, C, S, S) at the middle of each level of t, most noise first."""
+    t = sample.sampling_times(process, 2 * LEVELS)[1::2].to(x0.device).repeat_interleave(len(x0))
+    x0 = x0.repeat(LEVELS, 1, 1, 1)
+    eps = torch.randn(x0.shape, generator=generator("cpu", "denoisers")).to(x0.device)
+    return train.q_sample(process, x0, t, eps), t, labels.repeat(LEVELS)
+
+
+def on_path(net, process, shape, labels):
+    """(xt, t, labels) as noised gives them, of points on the net's own way from noise to image."""
+    seen = []
+
+    def watched(xt, t, wanted):
+        seen.append((xt, t))
+        return net(xt, t, wanted)
+    sample.sample(watched, process, shape, [(0, i) for i in range(len(labels))], 2 * LEVELS,
+           clip=process.clip, labels=labels, device=labels.device)
+    xt, t = (torch.cat(part) for part in zip(*seen[1::2], strict=True))
+    return xt, t, labels.repeat(LEVELS)
+
+
+def denoiser_study(process, data, patch):
+    """A function net -> rows of denoisers.csv: how far its x0 is from that of known denoisers.
+
+    data: (images uint8, labels) of the training subset and of the held-out images, labels all 0
+    where the model has no classes; else each reference is that of the class. The population's
+    stand-in is the held-out images that are no inputs. rms over numbers in [-1, 1].
+    """
+    (images, labels), (other, other_labels) = ((to_float(x).contiguous(), k) for x, k in data)
+    seen = torch.isin(other_labels, labels)         # what the model has a class for
+    other, other_labels = other[seen], other_labels[seen]
+    m = min(INPUTS, len(other) // 2)
+    known = process, images, labels
+    references = {"memorizer": sample.memorizer(*known), "gaussian": per_class(gaussian, *known),
+                  "local": per_class(functools.partial(local, patch=patch), *known),
+                  "population": sample.memorizer(process, other[m:], other_labels[m:])}
+    fixed = {"heldout": noised(process, other[:m], other_labels[:m]),
+             "training": noised(process, images[:INPUTS], labels[:INPUTS])}
+    expected = functools.cache(lambda kind, name: x0_of(references[name], process, *fixed[kind]))
+    classes = labels.unique()
+    wanted = classes[torch.arange(INPUTS, device=labels.device) % len(classes)]
+
+    def rows_of(net):
+        rows, path = [], on_path(net, process, images.shape[1:], wanted)
+        for kind, points in {"path": path, **fixed}.items():
+            own = x0_of(net, process, *points)
+            for name, reference in references.items():
+                x0 = (expected(kind, name) if kind in fixed
+                      else x0_of(reference, process, *points))
+                rms = (own - x0).square().mean((1, 2, 3)).sqrt().reshape(LEVELS, -1).flip(0)
+                for level, values in enumerate(rms):
+                    low, median, high = values.quantile(values.new_tensor([.25, .5, .75])).tolist()
+                    rows.append({"level": level, "t": (level + 0.5) / LEVELS, "inputs": kind,
+                                 "reference": name, "median": median, "low": low, "high": high})
+        return rows
+    return rows_of
+
+
+@torch.inference_mode()
+def measure_denoisers(args, record, device):
+    """denoisers.csv: denoiser_study of the averaged weights of every snapshot that is not done."""
+    run, process = args.run, train.PROCESSES[record["options"]["process"]]
+    steps = sample.snapshots(run)
+    if not steps:
+        raise InputError(f"{run}: has no snapshots; train it first")
+    table = read_table(run / "denoisers.csv")
+    data = train.data_on(device, train.load_subset(run, record, args.data), classes=True).values()
+    rows_of = denoiser_study(process, [(x, k if record["classes"] else 0 * k) for x, k in data],
+                             args.patch)
+    net = sample.load_net(run, record, device)
+    for step in steps:
+        made_of = digest_of((run / f"snapshots/{step:07d}.pt").read_bytes(), train.identity(record),
+                            args.patch, gaussian, local, per_class, denoiser_study)[:8]
+        if [row.get("made_of") for row in table.get(("", step), [])] == [made_of] * 12 * LEVELS:
+            continue
+        sample.load_ema(net, run, record, step)
+        table["", step] = [{"set": "", "step": step, **row, "made_of": made_of}
+                           for row in rows_of(net)]
+        write_table(run / "denoisers.csv", [row for key in sorted(table) for row in table[key]])
+        print(f"{run}/denoisers.csv: step {step}", flush=True)
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def parse(argv):
+    """The options. Raises InputError on values that make no sense."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("run", type=Path, help="run folder, trained and sampled")
+    add("--features", help="space of FID, KID, SW, precision and recall: inception, pixels, or a "
+        "network (B, 3, H, W) in [0, 1] -> (B, D) saved by torch.export (.pt2) or as TorchScript; "
+        "it runs what its maker put in, so only a trusted one (inception for colour pictures of 32 "
+        "pixels or more that are no toys, else pixels)")
+    add("--weights", help="file of the FID Inception weights (downloaded)")
+    add("--sscd", help="file of an SSCD model, as --features takes: adds the study's own score")
+    add("--num", type=int, help="samples per snapshot (all); another number measures anew")
+    add("--planted", action="store_true", help="also measure planted copies of the training "
+        "images, into planted.csv: what each measure of copying catches")
+    add("--denoisers", action="store_true", help="only ask which known denoiser the network "
+        "follows, into denoisers.csv, from the snapshots alone")
+    add("--patch", type=int, default=3, help="width of the local denoiser's patches, odd")
+    add("--twin", type=Path, help="run trained on other images (--offset): only compare the two "
+        "models' samples from the same noise, into twin_NAME.csv")
+    add("--data", help="where the training images are, if not where train.py found them")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    args = p.parse_args(argv)
+    if args.num is not None and args.num < 1:
+        raise InputError(f"--num {args.num}: must be at least 1")
+    if args.patch < 1 or args.patch % 2 == 0:
+        raise InputError(f"--patch {args.patch}: must be odd, so that a pixel is in the middle")
+    return args
+
+
+@train.command_line
+def main(argv=None):
+    """Measure whatever is not done. Raises SystemExit(2) on bad input."""
+    args = parse(argv)
+    record, device = train.read_run(args.run), train.pick_device(args.device)
+    size, _, channels = record["image_shape"]
+    small = record["options"]["data"] == "toy" or size < 32 or channels < 3
+    args.features = args.features or ("pixels" if small else "inception")
+    torch.set_float32_matmul_precision("highest")               # no TF32: distances are small
+    torch.backends.cudnn.allow_tf32 = False
+    with train.locked(args.run, "measure", "*.csv", "neighbours/*", "neighbours/*/*"):
+        stage = measure_twin if args.twin else measure_denoisers if args.denoisers else measure
+        stage(args, record, device)
+
+
+# --- Beyond the study: planted copies, twins ------------------------------------------------------
 
 
 def plant(images):
     """What a copy may look like: {name: uint8 images}, made of the training images (n, S, S, C)."""
-    g = torch.Generator().manual_seed(0)
-    x = to_float(images)
+    g, x = torch.Generator().manual_seed(0), to_float(images)
 
     def back(y):
         return ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -670,226 +967,207 @@ def plant(images):
                       "recoloured": back(x * (1 + 0.4 * gain) + 0.4 * shift)}
 
 
-def planted_rows(subset, controls, score):
-    """A row for each kind of planted copy, and held-out images: what each measure catches."""
-    kinds = plant(subset.train[:1024]) | {"held-out images": subset.heldout[:1024]}
+def planted_rows(subset):
+    """What each measure of copying catches: a row per kind of planted copy, and held-out images."""
     rows = []
-    for name, images in kinds.items():
-        found = subset.nearest(images)
-        row = copying_row(found, subset.groups)
-        rows.append({"planted": name, **{k: row[k] for k in row if k.startswith("copy_ratio")},
-                     "not_authentic": 1 - auth_share(found, controls["leave_one_out"])})
-        if score:
-            rows[-1]["sscd_ratio"] = score(images)["sscd_ratio"]
+    for name, images in (plant(subset.train[:1024])
+                         | {"held-out images": subset.heldout[:1024]}).items():
+        c = Context(images, subset)
+        found = {k: v for k, v in (copying(c) | similarity(c)).items() if "_ratio" in k}
+        rows.append({"planted": name, **found, "not_authentic": 1 - authenticity(c)["auth_share"]})
     return rows
 
 
-def twin_row(images, twins, subset, twin_subset):
-    """How two models trained on disjoint images agree on the same noise (Kadkhodaie, figure 2).
+def twin_row(c, d, shift=1):
+    """How the samples of two models trained on disjoint images agree, as columns.
 
-    images, twins uint8 (n, S, S, C), sample i of each from the same noise. Distances are root mean
-    squares over pixels in [-1, 1]. agreement: the share of pairs closer to each other than either
-    is to its own nearest training image: what copying alone cannot bring about.
+    c, d: Contexts of as many samples, sample i of each from the same noise. Two samples agree if
+    they are nearer to each other than either is to its nearest training image, which copying alone
+    cannot bring about (Kadkhodaie, figure 2). null_agreement: of sample i and i + shift, from
+    different noise; shift: the number of classes. Distances are rms over numbers in [-1, 1].
     """
-    x, y = pixel_features(images), pixel_features(twins)
-    scale = x.shape[1] ** -0.5
-    between = (x.double() - y.double()).norm(dim=1) * scale
-    own = subset.nearest(images)["distances"][:, 0] * scale
-    other = twin_subset.nearest(twins)["distances"][:, 0] * scale
-    k = int((between < torch.minimum(own, other)).sum())
-    low, high = wilson(k, len(x))
-    return {"samples": len(x), "agreement": k / len(x), "agreement_low": low,
-            "agreement_high": high, "twin_rms": float(between.median()),
-            "nearest_train_rms": float(own.median()),
-            "twin_nearest_train_rms": float(other.median())}
+    x, y, n = c.pixels.double(), d.pixels.double(), len(c.images)
 
-
-def measure_twin(run, twin, record, data, args, device):
-    """twin_NAME.csv in `run`: twin_row at each step that both runs have samples of."""
-    other = read_run(twin)
-    other_data = load_subset(twin, other, args.data)
-    shared = set.intersection(*({x.tobytes() for x in d.train_images} for d in (data, other_data)))
-    if shared:
-        raise InputError(f"--twin {twin}: the two training sets share {len(shared)} images; train "
-                         f"one with --offset {record['options']['n']}")
-    steps = sorted({*sampled(run)} & {*sampled(twin)})
-    if not steps:
-        raise InputError(f"--twin {twin}: no step has samples in both runs")
-    subsets = [Subset(d, r["options"]["flip"], device)
-               for d, r in ((data, record), (other_data, other))]
-    rows = []
-    for name in steps:
-        settings = [read_samples(r / f"samples/{name}.npz")[2] for r in (run, twin)]
-        if settings[0] != settings[1]:
-            raise InputError(f"--twin {twin}: samples/{name}.npz was made with other settings")
-        pair = [samples_of(r, name, args.num, record["image_shape"], device)[0]
-                for r in (run, twin)]
-        count = min(map(len, pair))
-        rows.append({"step": int(name), **twin_row(pair[0][:count], pair[1][:count], *subsets)})
-    write_csv(run / f"twin_{twin.name}.csv", rows)
-    print(f"{run}/twin_{twin.name}.csv: {len(rows)} steps; at the last, agreement "
-          f"{rows[-1]['agreement']:.3f}", flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
-
-
-def parse(argv):
-    """The options. Raises InputError on values that make no sense."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("run", type=Path, help="run folder, trained and sampled")
-    p.add_argument("--features", choices=("inception", "pixels"), help="space of FID, KID, sliced "
-                   "Wasserstein, precision and recall (inception; toy data: pixels)")
-    p.add_argument("--weights", help="file of the FID Inception weights (downloaded)")
-    p.add_argument("--sscd", help="TorchScript file of an SSCD model: adds the study's own score")
-    p.add_argument("--twin", type=Path, help="run trained on other images (--offset): compare the "
-                   "two models' samples from the same noise, into twin_NAME.csv")
-    p.add_argument("--planted", action="store_true", help="measure planted copies of the training "
-                   "images, into planted.csv: what each measure of copying catches")
-    p.add_argument("--num", type=int, help="samples a snapshot (all there are); another number "
-                   "than before measures anew")
-    p.add_argument("--data", help="where the training images are, if not where train.py found them")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    args = p.parse_args(argv)
-    if args.num is not None and args.num < 1:
-        raise InputError(f"--num {args.num}: must be at least 1")
-    return args
-
-
-def sampled(run):
-    """The names of a run's samples files, by step."""
-    return sorted(p.stem for p in (run / "samples").glob("[0-9]*.npz"))
-
-
-def samples_of(run, name, num, shape, device):
-    """The first `num` samples of a snapshot, uint8 (num, H, W, C), and labels.
-
-    Checked; and a digest of them.
-    """
-    path = run / f"samples/{name}.npz"
-    images, labels, _ = read_samples(path)
-    if images.dtype != np.uint8 or images.shape[1:] != tuple(shape) or not len(images):
-        raise InputError(f"{path}: {images.dtype} {images.shape}, "
-                         f"must be uint8 (num, {', '.join(map(str, shape))})")
-    if num and num > len(images):
-        raise InputError(f"--num {num}: {path} holds only {len(images)}; run sample.py --num {num}")
-    images, labels = images[:num], labels[:num]
-    digest = hashlib.sha256(images.tobytes()).hexdigest()[:8]
-    return torch.from_numpy(images).to(device), labels, digest
-
-
-def merge_rows(path, rows):
-    """Write rows {step: dict} as CSV, sorted by step, with every column that any of them has."""
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    write_csv(path, [{c: rows[step].get(c, "") for c in columns} for step in sorted(rows)])
+    def agree(k):
+        between = (x[k:] - y[:n - k]).norm(dim=1)
+        return between < torch.minimum(c.distances[k:], d.distances[:n - k])
+    row, twin_rms = share("agreement", agree(0)), (x - y).norm(dim=1).median() / x.shape[1] ** 0.5
+    return {"samples": n, "agreement": row.pop("agreement_ratio"), **row,
+            "null_agreement": float(agree(shift).double().mean()), "twin_rms": float(twin_rms),
+            "nearest_train_rms": nearest_rms(c)["nearest_rms"],
+            "twin_nearest_train_rms": nearest_rms(d)["nearest_rms"],
+            "copy_ratio": copying(c)["copy_ratio"]}
 
 
 @torch.inference_mode()
-def measure_snapshot(run, name, images, labels, subset, controls):
-    """The copying columns of one snapshot; keeps its neighbours, 64 to look at, in neighbours/."""
-    found = subset.nearest(images)
-    write_neighbours(run, name, found, labels=labels, samples=images[:64].cpu().numpy(),
-                     nearest=subset.train[found["indices"][:64, 0]].cpu().numpy())
-    null = copying_row(controls["heldout"], subset.groups)
-    return copying_row(found, subset.groups) | {
-        f"null_{key}": value for key, value in null.items() if "copied" not in key} | {
-        "auth_share": auth_share(found, controls["leave_one_out"])}
+def measure_twin(args, record, device):
+    """twin_NAME.csv: twin_row at each step that both runs have samples of, in one set of samples.
+
+    Raises InputError where the runs share images, or have no samples with the same settings.
+    """
+    runs = [(args, record), (argparse.Namespace(**vars(args) | {"run": args.twin}),
+                             train.read_run(args.twin))]
+    sets = [sample.sample_sets(a.run) for a, _ in runs]
+    name = min(set.intersection(*map(set, sets)), default="")
+    steps = sorted(set.intersection(*(set(s.get(name, ())) for s in sets)))
+    if not steps:
+        raise InputError(f"--twin {args.twin}: no step has samples in both runs")
+    data = [train.load_subset(a.run, r, args.data) for a, r in runs]
+    shared = set.intersection(*({x.tobytes() for x in d.train_images} for d in data))
+    if shared:
+        raise InputError(f"--twin {args.twin}: the two training sets share {len(shared)} images; "
+                         f"train one with --offset {record['options']['n']}")
+    subsets = [Subset(d, r["options"]["flip"], device)
+               for d, (_, r) in zip(data, runs, strict=True)]
+    shift, rows = len(record["labels"]) if record["classes"] else 1, []
+    for step in steps:
+        both = [open_samples(a, r, device, name, step) for a, r in runs]
+        if both[0][1].settings != both[1][1].settings:
+            raise InputError(f"--twin {args.twin}: its samples of step {step} have other settings")
+        n = min(len(images) for images, _, _ in both)
+        rows.append({"step": step, **twin_row(*(Context(images[:n], s) for (images, _, _), s in zip(
+            both, subsets, strict=True)), shift)})
+    path = args.run / f"twin_{args.twin.name}.csv"
+    write_csv(path, rows)
+    print(f"{path}: {len(rows)} steps; at the last, agreement {rows[-1]['agreement']:.3f}, of "
+          f"pairs from different noise {rows[-1]['null_agreement']:.3f}", flush=True)
 
 
-def write_neighbours(run, name, found, **more):
-    """neighbours/NAME.npz: distances, indices and d1/d2 of every image, and `more` arrays."""
-    arrays = {key: value.cpu().numpy() for key, value in found.items()}
-    ratios = copy_ratios(found["distances"]).cpu().numpy()
-    write_atomic(run / f"neighbours/{name}.npz",
-                 lambda f: np.savez(f, ratios=ratios, **arrays, **more))
+# --- The state of a sweep's runs ------------------------------------------------------------------
 
 
-def write_controls(run, subset, controls):
-    """controls.csv, the neighbours of each control, and duplicates.csv: who is near-identical."""
-    groups = subset.groups.tolist()
-    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in enumerate(groups)
-                                       if g != i], columns=("image", "duplicate_of"))
-    rows = []
-    for name, found in controls.items():
-        write_neighbours(run, name, found)
-        rows.append({"name": name, "images": len(found["distances"]),
-                     **copying_row(found, subset.groups)})
-    write_csv(run / "controls.csv", rows)
+def sweep_words(flag, values):
+    """For each value of an option of train.py, its words on the command line.
+
+    An option without a value takes on and off; commas separate the values of one with several.
+    """
+    defaults, key = vars(train.make_parser().parse_args([])), flag[2:].replace("-", "_")
+    if key not in defaults or not values:
+        raise InputError(f"{flag}: " + ("has no values" if key in defaults else "unknown option"))
+    is_switch = isinstance(defaults[key], bool)
+    for value in values:
+        if values.count(value) > 1 or re.match(r"0\d", value):
+            raise InputError(f"{flag} {value}: is listed twice, or starts with a 0")
+        if is_switch and value not in ("on", "off"):
+            raise InputError(f"{flag} {value}: must be on or off")
+    return [[flag] * (v == "on") if is_switch else [flag, *v.split(",")] for v in values]
 
 
-@command_line
-def main(argv=None):
-    """Measure every snapshot that is not done. Raises SystemExit(2) on bad input."""
-    args = parse(argv)
-    run, device, record = args.run, pick_device(args.device), read_run(args.run)
-    options, shape = record["options"], record["image_shape"]
-    space = args.features or ("pixels" if options["data"] == "toy" else "inception")
-    have = sampled(run)
-    if not have:
-        raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
-    drawn = {name: samples_of(run, name, args.num, shape, device) for name in have}
-    spaces = {space: load_space(space, args.weights, device)}
-    if args.sscd:
-        spaces["sscd"] = load_sscd(args.sscd, device)
-    data = load_subset(run, record, args.data)
-    if args.twin:
-        return measure_twin(run, args.twin, record, data, args, device)
-    try:
-        rows = {int(row["step"]): row for row in read_csv(run / "metrics.csv")}
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{run}/metrics.csv: damaged; delete it to measure anew") from None
+def sweep_rows(lists):
+    """The runs of a grid, {name: (words for train.py, its options)}, the longest first.
 
-    def is_done(name):
-        row = rows.get(int(name), {})
-        return (row.get("samples_digest") == drawn[name][2]
-                and all(row.get(f"weights_{s}") == digest for s, (_, digest) in spaces.items())
-                and (run / f"neighbours/{name}.npz").exists())
-    todo = [name for name in have if not is_done(name)]
-    print(f"{run}: {len(todo)} of {len(have)} snapshots to measure, {', '.join(spaces)}, on "
-          f"{device}", flush=True)
-    if any(rows.get(int(n), {}).get("samples_digest") not in (None, drawn[n][2]) for n in todo):
-        print(f"{run}: measured before with other samples; those rows are replaced", flush=True)
+    lists: what sweep.sh asks, {"TRAIN": words, "IMAGES": ["724N"], "DESIGN": ["one"], "--n":
+    values, ...}; the first value of an option is its default; the listed options name a run.
+    """
+    axes = {flag: sweep_words(flag, v) for flag, v in lists.items() if flag.startswith("--")}
+    repeats = sweep_words("--seed", lists["REPEATS"]) if lists["REPEATS"] else []
+    axes["--seed"] = [*axes["--seed"], *repeats]        # those of the default run alone come last
+    common = [word for word in lists["TRAIN"] if [] not in axes.get(word, ())]
+    images, rows, seed = lists["IMAGES"][0], {}, list(axes).index("--seed")
+    for choice in itertools.product(*axes.values()):
+        changed = sum(words != axes[flag][0] and flag != "--seed"
+                      for flag, words in zip(axes, choice, strict=True))
+        if lists["DESIGN"] == ["one"] and changed > 1 or changed and choice[seed] in repeats:
+            continue
+        named = train.make_parser().parse_args(words := list(itertools.chain(*choice)))
+        count = int(images.rstrip("N")) * (named.n if images.endswith("N") else 1)
+        if (name := train.run_name(named)) in rows:
+            raise InputError(f"{name}: two values of a list are the same")
+        words = [*common, *words, "--images", str(count)]
+        rows[name] = words, train.parse(words)
+    # A step costs about as much as its images' FLOPs plus what launching it takes.
+    return dict(sorted(rows.items(), key=lambda row: -row[1][1].steps * (
+        25600 + row[1][1].batch * row[1][1].width ** 2)))
 
-    subset = Subset(data, options["flip"], device)
-    controls = subset.controls()
-    if (run / "samples/exact.npz").exists():
-        controls["exact"] = subset.nearest(samples_of(run, "exact", None, shape, device)[0])
-    write_controls(run, subset, controls)
-    most = max(len(images) for images, _, _ in drawn.values())
-    held = subset.heldout[:most]
-    # Copies are searched in all training images, distributions compared at equal counts.
-    references = {s: {"train": features_of(s, spaces, subset.train[:None if s == "sscd" else most]),
-                      "heldout": features_of(s, spaces, held)} for s in spaces}
 
-    def score(images):
-        return similarity_row(spaces["sscd"][0](images), *references["sscd"].values())
-    if args.planted:
-        write_csv(run / "planted.csv", planted_rows(subset, controls, args.sscd and score))
-        print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
-    known_labels = torch.from_numpy(data.train_labels).to(device) if record["classes"] else None
-    process, count = options["process"], options["eval_images"]
-    floor = cached(f"floor {process} {count}", lambda: {"floor": torch.from_numpy(
-        loss_floor(PROCESSES[process], subset.train, known_labels, count))},
-        subset.train, *([known_labels] if record["classes"] else []))["floor"]
-    for name in todo:
-        images, labels, digest = drawn[name]
-        row = rows.get(int(name), {})
-        row = row if row.get("samples_digest") == digest else {}
-        row = {"step": int(name), "images": int(name) * options["batch"], "samples": len(images),
-               "samples_digest": digest} | row
-        row |= measure_snapshot(run, name, images, labels, subset, controls)
-        row |= fidelity_row(space, spaces[space][0](images), references[space])
-        row |= score(images) if args.sscd else {}
-        row |= {f"floor_level{k}": f"{value:.8g}" for k, value in enumerate(floor.tolist())}
-        rows[int(name)] = row | {f"weights_{s}": digest for s, (_, digest) in spaces.items()}
-        merge_rows(run / "metrics.csv", rows)
-        print(f"step {int(name):7d}  copies {row['copy_ratio']:.4f}  "
-              f"FID train {row[f'fid_{space}_train']:.2f}  "
-              f"held-out {row[f'fid_{space}_heldout']:.2f}", flush=True)
+def is_measured(row, settings, drawing, args):
+    """Whether a row of metrics.csv is of enough samples with these settings, in the space asked."""
+    spaces = [Path(args.features or "").stem] + ["sscd"] * bool(args.sscd)
+    return (all(row.get(f"setting_{k}") == str(v) for k, v in settings.items())
+            and int(row["samples"]) >= (args.num or drawing.num)
+            and all(any(k.startswith(f"weights_{s}") and row[k] for k in row) for s in spaces))
+
+
+def sweep_state(run, options, drawing, args):
+    """(state, steps to train, snapshots to draw or measure, held-out loss, copy ratio) of a run.
+
+    options, drawing, args: of train, sample and measure.py. "done" is only this very run, trained
+    to its last step, with samples of these settings of every snapshot and the rows of metrics.csv.
+    """
+    shots = set(train.evaluation_steps(options.steps, options.evals_per_doubling,
+                                       options.first_eval))
+    if not (run / "args.json").exists():
+        return "not started", options.steps, len(shots), "-", "-"
+    record, log = train.read_run(run), train.read_csv(run / "log.csv")
+    step, process = int(log[-1]["step"]) if log else 0, train.PROCESSES[options.process]
+    other = train.differences(record, record | {"options": vars(options)})
+    other += ["data"] * (record["options"]["data"] != options.data)
+    other += [f"last step, {step}"] * (step > options.steps)
+    settings = sample.settings_of(drawing, process)
+    name, shots = sample.set_name(settings, process), shots | set(sample.snapshots(run))
+    drawn = {s for s in shots if sample.samples_path(run, name, s).exists()}
+    rows = {key[1]: row for key, (row, *_) in read_table(run / "metrics.csv").items()
+            if key[0] == name and is_measured(row, settings, drawing, args)}
+    left = len(shots - (drawn & rows.keys()))
+    state = (f"another run: {', '.join(other)}" if other else
+             f"training, step {step} of {options.steps}" if step < options.steps else
+             f"sampling, {len(drawn)} of {len(shots)}" if drawn < shots else
+             f"measuring, {len(rows)} of {len(shots)}" if left else "done")
+    return (state, max(0, options.steps - step), left,
+            f"{float(log[-1]['heldout_loss']):.4g}" if log else "-",
+            f"{float(rows[max(rows)]['copy_ratio']):.4g}" if rows else "-")
+
+
+def sweep_speed(run):
+    """(images per second, parameters) of a run that has got somewhere, else None."""
+    with contextlib.suppress(InputError, LookupError, TypeError, ValueError):
+        return (float(train.read_csv(run / "log.csv")[-1]["images_per_second"]),
+                int(train.read_run(run)["parameters"]))
+
+
+def time_steps(words, device):
+    """sweep_speed of a few steps with these words for train.py, which leave nothing behind."""
+    few = ["--steps", "16", "--first-eval", "2", "--evals-per-doubling", "1", "--eval-images", "10"]
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
+        train.main([*words[:words.index("--images")], *few, "--out", out, "--device", device])
+        return sweep_speed(Path(out))
+
+
+@train.command_line
+def sweep(argv):
+    """Answer sweep.sh: a line per run, between tabs its name, state, held-out loss, copy ratio,
+    images/s, hours left, GB of weights, and words for train.py.
+
+    argv: the runs' folder, and a device on which to time the sizes that never ran. stdin: lists.
+    """
+    lists = {}
+    for key, *values in filter(None, map(str.split, sys.stdin)):
+        if key in lists:
+            raise InputError(f"{key}: has two lists")
+        lists[key] = values
+    rows, out = sweep_rows(lists), Path(argv[0])
+    drawing, args = sample.parse(["", *lists["SAMPLE"]]), parse(["", *lists["MEASURE"]])
+    speeds = {(o.width, o.batch): speed for name, (_, o) in rows.items()
+              if (speed := sweep_speed(out / name))}
+    for name in lists["ONLY"] or rows:
+        if name not in rows:
+            raise InputError(f"--only {name}: no such run; see --list")
+        words, options = rows[name]
+        try:
+            state, steps, left, *values = sweep_state(out / name, options, drawing, args)
+        except (InputError, LookupError, TypeError, ValueError) as error:
+            state, steps, left, *values = f"unreadable, {error!r:.99}", options.steps, 0, "-", "-"
+        size = options.width, options.batch
+        if argv[1:] and state != "done" and size not in speeds:
+            speeds[size] = time_steps(words, argv[1])
+        rate, parameters = speeds.get(size, (math.nan, math.nan))
+        # Of a training step, sampling does the forward third. last.pt holds weights, average and
+        # Adam's two moments, a snapshot the average: 4 bytes per parameter each.
+        images = steps * options.batch + left * drawing.num * drawing.sampling_steps / 3
+        kept = {"all": 4 + left, "last": 5, "none": 0}[lists["KEEP"][0]]
+        numbers = f"{rate:.0f}\t{images / rate / 3600:.2f}\t{kept * 4 * parameters / 1e9:.2f}"
+        print(name, state, *values, numbers.replace("nan", "?"), " ".join(words), sep="\t")
 
 
 if __name__ == "__main__":
-    main()
+    sweep(sys.argv[2:]) if sys.argv[1:2] == ["--sweep"] else main()

@@ -43,6 +43,7 @@ from train import (
     read_npz,
     read_run,
     reading,
+    send,
     to_float,
     write_atomic,
 )
@@ -100,13 +101,14 @@ def sample(net, process, shape, seeds, steps, eta=0.0, clip=False, labels=None, 
 
     def noise():
         z = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        return z.to(device, memory_format=torch.channels_last)
+        return send(z, device, memory_format=torch.channels_last)
     times = sampling_times(process, steps)
-    on_device = times.to(device)                        # for the net; the arithmetic needs no copy
+    on_device = send(times, device)                     # for the net; the arithmetic needs no copy
     x = noise()
     for k, (t, t_next) in enumerate(itertools.pairwise(times)):
         prediction = net(x, on_device[k].expand(len(x)), labels).float()
-        x, x0 = ddim_step(process, x, prediction, t, t_next, eta, noise() if eta else None, clip)
+        new, x0 = ddim_step(process, x, prediction, t, t_next, eta, noise() if eta else None, clip)
+        x.copy_(new)                # x keeps its strides, so that a net is compiled only for them
         if progress:
             progress(len(x))
     return x, (x0.abs() > OUTSIDE).float().mean((1, 2, 3))
@@ -335,7 +337,8 @@ def draw(args, net, process, settings, record, device, name):
             # What is compiled for one shape serves the last batch, too, if that is full.
             full = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
             index = range(first, first + batch if full else min(first + batch, args.num))
-            label = labels[index.start:index.stop].to(device) if record["classes"] else None
+            label = (send(labels[index.start:index.stop], device) if record["classes"]
+                     else None)
             x, out = sample(net, process, (C, H, W), [(settings["seed"], i) for i in index],
                             settings["sampling_steps"], settings["eta"], settings["clip"], label,
                             device, bar.update)

@@ -1,26 +1,33 @@
 #!/usr/bin/env bash
 # Train, sample and measure every run of a grid, then plot. Started again, it continues.
 #
-#   ./sweep.sh toy                the study in miniature: offline, CPU, 15 minutes on 2 cores
-#   ./sweep.sh cifar10            one factor at a time, 14 runs (DDPM, unconditional)
-#   ./sweep.sh paper              the same 14 with the study's rectified flow, class-conditional
+#   ./sweep.sh digits             the study in miniature: offline, on a CPU
+#   ./sweep.sh toy                the same on drawn pictures, of which there is no end
+#   ./sweep.sh mini               CIFAR-10 at 16x16, one factor at a time, 10 runs
+#   ./sweep.sh cifar10            CIFAR-10, one factor at a time, 14 runs (DDPM, unconditional)
+#   ./sweep.sh paper              the same 14 as the study: rectified flow, class-conditional
 #   ./sweep.sh full               the factorial of the same values, 320 runs
-#   ./sweep.sh custom             your own N, WIDTH, BATCH, LR: one at a time, or DESIGN=full
+#   ./sweep.sh custom             your own lists: one factor at a time, or DESIGN=full
+#   ./sweep.sh class K            experiment K = 1 to 7 of the README's class, on digits
 #
 #   ./sweep.sh GRID --dry-run     each run, its state, and the hours and disk that are left
 #   ./sweep.sh GRID --dry-run --time      the same, timing the model sizes that never ran here
 #   ./sweep.sh GRID --status      a table of the runs; `watch ./sweep.sh GRID --status`
 #   ./sweep.sh GRID --list        the runs' names, the longest first
-#   ./sweep.sh GRID --only NAME   one run; sbatch --array=0-13 sweep.sh GRID runs one a task
+#   ./sweep.sh GRID --only NAME   one run
+#   sbatch --array=0-13 --gres=gpu:1 sweep.sh GRID       a run of --list per Slurm task
 #
 # Environment
-#   GPUS    devices, a run at a time on each: "0 1 2 3"; "0 0" is two at a time on GPU 0; "cpu cpu"
-#   OUT     folder of the runs (runs/GRID)
-#   SEEDS   seeds, a run each ("0")
-#   KEEP    weights that stay once a run is measured: all, last (the last ones) or none (all)
-#   DATA    cifar10 (downloaded) or an .npz file; toy for toy
-#   IMAGES  images that each run trains on (6400000; toy 40000)
 #   N WIDTH BATCH LR        lists of values, the first of each the default
+#   VARY    lists for other options of train.py: "ema .99 .999; process ddpm flow; flip off on"
+#   DESIGN  one (factor at a time) or full (one)
+#   SEEDS   seeds, a run each ("0")
+#   REPEATS more seeds, for the run with the default values alone (digits: "1 2")
+#   IMAGES  images that each run trains on; 724N: in proportion to N, so 724 epochs
+#   DATA    cifar10 (downloaded) or an .npz file; digits and toy have their own
+#   OUT     folder of the runs (runs/GRID)
+#   GPUS    devices, a run at a time on each: "0 1 2 3"; "0 0" is two at a time on GPU 0; "cpu cpu"
+#   KEEP    weights that stay once a run is measured: all, last (the last ones) or none (all)
 #   TRAIN SAMPLE MEASURE    more options for train.py, sample.py, measure.py
 #   PYTHON  the interpreter (python)
 set -euo pipefail
@@ -33,312 +40,274 @@ die() {
 home=$(dirname "$0")
 if [[ ! -f $home/train.py ]]; then home=${SLURM_SUBMIT_DIR:-$home}; fi  # Slurm runs a copy of this
 [[ -f $home/train.py ]] || die "train.py is not beside this script, nor where sbatch was called"
-cd "$home"
-
-# --- One run: xargs calls `sweep.sh --guard "NAME N WIDTH BATCH LR SEED"`, SLOT set ---------------
-
-stage() {               # run a script, its output to the log
-  "$PYTHON" "$@" </dev/null >>"$OUT/logs/$name.log" 2>&1
-}
-
-train_options() {       # of the row n width batch lr seed, into the array `options`
-  local more
-  read -r -a more <<<"$TRAIN"
-  options=(--data "$DATA" --n "$n" --width "$width" --batch "$batch" --lr "$lr" --seed "$seed"
-    "${more[@]}")
-}
-
-run_one() {
-  local name n width batch lr seed device devices more options
-  read -r name n width batch lr seed <<<"$1"
-  read -r -a devices <<<"$GPUS"
-  device=${devices[$SLOT]}
-  if [[ $device == cpu ]]; then
-    export OMP_NUM_THREADS=$THREADS
-  else
-    export CUDA_VISIBLE_DEVICES=$device
-    device=cuda
-  fi
-  echo "start  $name"
-  train_options
-  stage train.py "${options[@]}" --images "$IMAGES" --out "$OUT/$name" --device "$device" ||
-    return 1
-  read -r -a more <<<"$SAMPLE"
-  stage sample.py "$OUT/$name" --device "$device" "${more[@]}" || return 1
-  read -r -a more <<<"$MEASURE"
-  stage measure.py "$OUT/$name" --device "$device" "${more[@]}" || return 1
-  tidy "$name"
-  echo "done   $name"
-}
-
-tidy() {                # remove the weights that KEEP does not keep, of the measured run $1
-  local snapshots=("$OUT/$1"/snapshots/*.pt)
-  case $KEEP in
-  last) rm -f -- "${snapshots[@]:0:${#snapshots[@]}-1}" ;;
-  none) rm -f -- "${snapshots[@]}" "$OUT/$1/last.pt" ;;
-  esac
-}
-
-case ${1:-} in
---guard)                # xargs gives up when what it runs dies of a signal; an exit 1 it survives
-  "$BASH" "$0" --run "$2" || exit 1
-  exit
-  ;;
---run)
-  run_one "$2"
-  exit
-  ;;
-esac
 
 # --- The grid -------------------------------------------------------------------------------------
 
-(($# >= 1)) || die "usage: ./sweep.sh toy|cifar10|paper|full|custom [--dry-run|--status|...]"
+(($#)) || die "usage: ./sweep.sh digits|toy|mini|cifar10|paper|full|custom|class [--dry-run|--status|...]"
 if [[ $1 == -h || $1 == --help ]]; then
-  sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit
+  sed -n -e '/^set /q' -e '2,$s/^# \{0,1\}//p' "$0"
+  exit
 fi
-grid=$1 mode=${2:-} only=
-case "$mode $#" in
-" 1" | "--dry-run 2" | "--status 2" | "--list 2") ;;
-"--dry-run 3") [[ $3 == --time ]] || die "$3: unknown option; --dry-run takes --time" ;;
-"--only 3") only=$3 ;;
-"--only "*) die "--only takes the name of one run; --list prints them" ;;
-*) die "${*:2}: unknown option; there are --dry-run [--time], --status, --list and --only NAME" ;;
-esac
-timing=${3:-}
-case $grid in
+cores=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN || true)} cpus=cpu
+[[ $cores =~ ^[1-9][0-9]*$ ]] || cores=1
+for ((k = 1; k < cores; k++)); do cpus+=" cpu"; done
+
+grid=$1 without_gpu=cpu plotting=()
+shift
+digits="--process flow --conditional --mults 1 2 --blocks 1 --embed 128 --eval-images 512"
+case $grid in           # a grid that takes an argument of its own shifts it away here
+class)
+  lesson=${1:-}
+  (($#)) && shift
+  case $lesson in
+  1 | 3 | 6 | 7) : "${N:=64}" ;;
+  2) : "${N:=64 16}" ;;
+  4) : "${N:=16}" "${LR:=1e-3 3e-4 3e-3}" ;;
+  5) : "${N:=512}" "${IMAGES:=44N}" && VARY="offset 0 ${N%% *}" ;;
+  *) die "class takes the number of an experiment, 1 to 7; the README says what they are" ;;
+  esac
+  : "${WIDTH:=32}" "${BATCH:=32}" "${LR:=1e-3}" "${IMAGES:=500N}" "${GPUS:=$cpus}"
+  DATA=digits TRAIN="$digits ${TRAIN:-}" SAMPLE="--num 128 --sampling-steps 20 ${SAMPLE:-}"
+  ;;
+digits)
+  : "${N:=64 16 32 128 256}" "${WIDTH:=32 8 16}" "${BATCH:=32 16 64}" "${LR:=1e-3 3e-4 3e-3}"
+  : "${IMAGES:=500N}" "${GPUS:=$cpus}" "${REPEATS:=1 2}"
+  DATA=digits TRAIN="$digits ${TRAIN:-}" SAMPLE="--num 128 --sampling-steps 20 ${SAMPLE:-}"
+  ;;
 toy)
+  : "${N:=16 8 32 512}" "${WIDTH:=32 8 16}" "${BATCH:=16 8 32}" "${LR:=1e-3 5e-4 2e-3}"
+  : "${IMAGES:=40000}" "${GPUS:=$cpus}"
   DATA=toy
-  N=${N:-16 8 32 512} WIDTH=${WIDTH:-32 8 16} BATCH=${BATCH:-16 8 32} LR=${LR:-1e-3 5e-4 2e-3}
-  IMAGES=${IMAGES:-40000} GPUS=${GPUS:-$(seq "$(nproc)" | sed "s/.*/cpu/" | xargs)}
   TRAIN="--size 8 --mults 1 2 --blocks 1 --embed 128 --eval-images 512 ${TRAIN:-}"
   SAMPLE="--num 128 --sampling-steps 50 ${SAMPLE:-}"
   ;;
-cifar10 | paper | full | custom)
-  N=${N:-2048 4096 8192 16384} WIDTH=${WIDTH:-128 16 32 64 192} BATCH=${BATCH:-16 32 64 128}
-  LR=${LR:-1e-4 1e-5 5e-5 4e-4}
-  IMAGES=${IMAGES:-6400000}
+mini)
+  : "${N:=1024 512 256 2048}" "${WIDTH:=32 16 64}" "${BATCH:=64 32 128}" "${LR:=1e-3 3e-4 3e-3}"
+  : "${IMAGES:=724N}"
+  without_gpu=$cpus
+  TRAIN="--size 16 --process flow --conditional --blocks 1 --embed 128 ${TRAIN:-}"
+  SAMPLE="--num 512 --sampling-steps 50 ${SAMPLE:-}"
   ;;
-*) die "$grid: unknown grid; there are toy, cifar10, paper, full and custom" ;;
+paper)
+  TRAIN="--process flow --conditional --weighting sigmoid ${TRAIN:-}"
+  plotting=(--paper)    # the study's own curves behind ours
+  ;;
+full) DESIGN=full ;;
+cifar10 | custom) ;;
+*) die "$grid: unknown grid; there are digits, toy, mini, cifar10, paper, full, custom and class" ;;
 esac
-if [[ $grid == paper ]]; then TRAIN="--process flow --conditional ${TRAIN:-}"; fi
-if [[ $grid == full ]]; then DESIGN=full; fi
-if [[ -z ${GPUS:-} && -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-  GPUS=${CUDA_VISIBLE_DEVICES//,/ }
-elif [[ -z ${GPUS:-} ]]; then
-  GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | xargs || true)
+: "${N:=2048 4096 8192 16384}" "${WIDTH:=128 16 32 64 192}" "${BATCH:=16 32 64 128}"
+: "${LR:=1e-4 1e-5 5e-5 4e-4}" "${SEEDS:=0}" "${IMAGES:=6400000}" "${VARY:=}" "${DESIGN:=one}"
+: "${REPEATS:=}" "${DATA:=cifar10}" "${OUT:=runs/$grid}" "${KEEP:=all}" "${TRAIN:=}" "${SAMPLE:=}" "${MEASURE:=}"
+
+mode=${1:-} only=
+case "$mode $#" in
+" 0" | "--dry-run 1" | "--status 1" | "--list 1") ;;
+"--dry-run 2") [[ $2 == --time ]] || die "$2: unknown option; --dry-run takes --time" ;;
+"--only 2") only=$2 ;;
+"--only "*) die "--only takes the name of one run; --list prints them" ;;
+*) die "$*: unknown option; there are --dry-run [--time], --status, --list and --only NAME" ;;
+esac
+
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then           # empty or -1: no GPU
+  cuda=${CUDA_VISIBLE_DEVICES#-1}
+  : "${GPUS:=${cuda//,/ }}"
+elif [[ -z ${GPUS:-} ]]; then                           # nvidia-smi prints its errors here, too
+  GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep '^[0-9]*$' || true)
 fi
-GPUS=${GPUS:-cpu} DATA=${DATA:-cifar10} OUT=${OUT:-runs/$grid} SEEDS=${SEEDS:-0}
-DESIGN=${DESIGN:-one} KEEP=${KEEP:-all}
-TRAIN=${TRAIN:-} SAMPLE=${SAMPLE:-} MEASURE=${MEASURE:-} PYTHON=${PYTHON:-python}
-command -v "$PYTHON" >/dev/null || PYTHON=python3
-read -r -a slots <<<"$GPUS"
-((${#slots[@]})) || die "GPUS: names no device"
-THREADS=$(($(nproc) / ${#slots[@]}))
-if ((THREADS < 1)); then THREADS=1; fi
-export DATA OUT TRAIN SAMPLE MEASURE PYTHON GPUS THREADS IMAGES KEEP
-
-for value in $N $BATCH $WIDTH $SEEDS $IMAGES; do
-  [[ $value =~ ^[0-9]+$ ]] || die "$value: N, WIDTH, BATCH, SEEDS and IMAGES take whole numbers"
-done
-for value in $LR; do
-  [[ $value =~ ^[0-9.]+(e-?[0-9]+)?$ ]] || die "LR=$value: not a number"
-done
-[[ $KEEP =~ ^(all|last|none)$ ]] || die "KEEP=$KEEP: must be all, last or none"
+: "${GPUS:=$without_gpu}"
+if [[ -z ${PYTHON:-} ]]; then PYTHON=$(command -v python || echo python3); fi
+command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"
+[[ $IMAGES =~ ^[1-9][0-9]*N?$ ]] || die "IMAGES=$IMAGES: must be one whole number, or like 724N"
 [[ $DESIGN =~ ^(one|full)$ ]] || die "DESIGN=$DESIGN: must be one (factor at a time) or full"
+[[ $KEEP =~ ^(all|last|none)$ ]] || die "KEEP=$KEEP: must be all, last or none"
+read -r -d '' -a slots <<<"$GPUS" || true
+((${#slots[@]})) || die "GPUS: names no device"
+threads=$((cores / ${#slots[@]}))
+if ((threads < 1)); then threads=1; fi
 
-grid_rows() {           # the runs, a line each: NAME N WIDTH BATCH LR SEED, the longest first
-  local seed n w b lr
-  for seed in $SEEDS; do for n in $N; do for w in $WIDTH; do for b in $BATCH; do for lr in $LR; do
-    local changed=0
-    if [[ $n != "${N%% *}" ]]; then changed=$((changed + 1)); fi
-    if [[ $w != "${WIDTH%% *}" ]]; then changed=$((changed + 1)); fi
-    if [[ $b != "${BATCH%% *}" ]]; then changed=$((changed + 1)); fi
-    if [[ $lr != "${LR%% *}" ]]; then changed=$((changed + 1)); fi
-    if [[ $DESIGN == one ]] && ((changed > 1)); then continue; fi
-    # A step costs about as much as its images' FLOPs plus what launching it takes.
-    echo "$((IMAGES * (25600 + b * w * w) / b)) N${n}_w${w}_B${b}_lr${lr}_s$seed $n $w $b $lr $seed"
-  done; done; done; done; done | sort -k1,1nr -k2,2 | cut -d' ' -f2-
-}
-mapfile -t rows < <(grid_rows)
+# --- The runs: Python makes the grid, names its runs and says how far each of them is -------------
 
-# --- What is done ---------------------------------------------------------------------------------
+line() { echo "$1 $(tr '\n' ' ' <<<"$2")"; }             # what $1 is: the list $2
 
-field() {               # column $2 of the last line of the CSV file $1; nothing where there is none
-  if [[ -s $1 ]]; then
-    awk -F, -v name="$2" 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == name) k = i }
-      END { if (k && NR > 1) print $k }' "$1"
-  fi
+ask() {                 # the runs into `rows`: name, state, ... (measure.py) between tabs
+  local answer row
+  answer=$({
+    line TRAIN "--data $DATA $TRAIN" && line SAMPLE "$SAMPLE" && line MEASURE "$MEASURE"
+    echo "IMAGES $IMAGES" && echo "DESIGN $DESIGN" && echo "KEEP $KEEP" && line ONLY "$only"
+    line --n "$N" && line --width "$WIDTH" && line --batch "$BATCH" && line --lr "$LR"
+    line --seed "$SEEDS" && line REPEATS "$REPEATS" && tr ';' '\n' <<<"$VARY" | sed 's/^[[:space:]-]*\([^[:space:]]\)/--\1/'
+  } | "$PYTHON" "$home/measure.py" --sweep "$OUT" "$@") || return
+  rows=()
+  while IFS= read -r row; do rows+=("$row"); done <<<"$answer"
 }
 
-lines() { if [[ -s $1 ]]; then wc -l <"$1"; else echo 0; fi; }
-
-last_step() { echo $(((IMAGES + $1 - 1) / $1)); }       # of a run with batch $1
-
-state() {               # how far the run $1 with batch $2 is: "done", ..., "not started"
-  local last log=$OUT/$1/log.csv metrics=$OUT/$1/metrics.csv trained measured
-  last=$(last_step "$2") trained=$(field "$log" step) measured=$(field "$metrics" step)
-  # The stages go by step, so the last snapshot is the last to be measured.
-  if ((${measured:-0} >= last)) && [[ $(lines "$log") == "$(lines "$metrics")" ]]; then
-    echo "done"
-  elif [[ -n $measured ]]; then
-    echo "measuring, step $measured of $last"
-  elif ((${trained:-0} >= last)); then
-    echo "sampling"
-  elif [[ -n $trained ]]; then
-    echo "training, step $trained of $last"
+on_device() {           # $1 of GPUS: the environment and `device` for the scripts
+  if [[ $1 == cpu ]]; then
+    export OMP_NUM_THREADS=$threads
+    device=cpu
   else
-    echo "not started"
-  fi
-}
-
-# --- How long and how large the rest is -----------------------------------------------------------
-
-known() {               # images/s and parameters of width $1, batch $2, as runs of OUT show them
-  local folder log
-  for folder in "$OUT"/*_w"$1"_B"$2"_* "$scratch"/*_w"$1"_B"$2"_*; do
-    log=$(field "$folder/log.csv" images_per_second)
-    if [[ -n $log ]]; then
-      echo "$log $(sed -n 's/.*"parameters": \([0-9]*\).*/\1/p' "$folder/args.json")"
-      return
-    fi
-  done
-}
-
-time_model() {          # a few steps of the row $1, so that `known` finds its speed
-  local name n width batch lr seed options device=${slots[0]}
-  read -r name n width batch lr seed <<<"$1"
-  if [[ $device == cpu ]]; then
-    export OMP_NUM_THREADS=$THREADS
-  else
-    export CUDA_VISIBLE_DEVICES=$device
+    export CUDA_VISIBLE_DEVICES=$1
     device=cuda
   fi
-  train_options
-  echo "timing $name" >&2
-  "$PYTHON" train.py "${options[@]}" --steps 16 --first-eval 2 --evals-per-doubling 1 \
-    --eval-images 10 --out "$scratch/$name" --device "$device" >/dev/null ||
-    die "$name: cannot be timed, see above"
 }
 
-sample_option() {       # the value of option $1 in SAMPLE, $2 where it has none
-  local word previous='' value=$2
-  for word in $SAMPLE; do
-    if [[ $previous == "$1" ]]; then value=$word; fi
-    previous=$word
-  done
-  echo "$value"
-}
-
-plan() {                # the dry run: a line a run, then the sum
-  local row name n width batch lr seed now rate parameters left hours=0 disk=0 unknown=0 count=0
-  local forwards h g
-  forwards=$(($(sample_option --num 2048) * $(sample_option --sampling-steps 250)))
-  printf '%-36s %-28s %9s %9s\n' run state hours GB
-  for row in "${rows[@]}"; do
-    read -r name n width batch lr seed <<<"$row"
-    now=$(state "$name" "$batch")
-    if [[ $now == "done" ]]; then printf '%-36s %s\n' "$name" "$now" && continue; fi
-    count=$((count + 1))
-    if [[ $timing == --time && -z $(known "$width" "$batch") ]]; then time_model "$row"; fi
-    read -r rate parameters < <(known "$width" "$batch" || true) || true
-    left=$(field "$OUT/$name/log.csv" step)
-    left=$((IMAGES - batch * ${left:-0}))
-    if [[ -z ${rate:-} ]]; then
-      printf '%-36s %-28s %9s %9s\n' "$name" "$now" "?" "?" && unknown=$((unknown + 1)) && continue
-    fi
-    # Of a training step, sampling does the forward third. last.pt holds weights, average and
-    # Adam's two moments, a snapshot the average: 4 bytes a parameter each.
-    read -r h g < <(awk -v left="$left" -v rate="$rate" -v p="$parameters" -v keep="$KEEP" \
-      -v steps="$(last_step "$batch")" -v drawn="$(lines "$OUT/$name/metrics.csv")" \
-      -v forwards="$forwards" 'BEGIN {
-        shots = 2 + int(2 * log(steps / 64 + 1) / log(2))
-        sampled = drawn > 1 ? drawn - 1 : 0
-        kept = keep == "all" ? shots + 4 : keep == "last" ? 5 : 0
-        print (left + (shots - sampled) * forwards / 3) / rate / 3600, kept * 4 * p / 1e9 }')
-    printf '%-36s %-28s %9.2f %9.2f\n' "$name" "$now" "$h" "$g"
-    hours=$(awk "BEGIN { print $hours + $h }") disk=$(awk "BEGIN { print $disk + $g }")
-  done
-  echo "$grid: ${#rows[@]} runs in $OUT, $count to do, ${#slots[@]} at a time"
-  if ((unknown == count && count)); then
-    echo "no model size of these has run here: --dry-run --time times them"
-    return
-  fi
-  printf 'training and sampling left: %.2f hours, %.2f a slot; weights kept: %.1f GB (KEEP=%s)\n' \
-    "$hours" "$(awk "BEGIN { print $hours / ${#slots[@]} }")" "$disk" "$KEEP"
-  if ((unknown)); then
-    echo "and $unknown runs of a model size that never ran here: --dry-run --time times them"
-  fi
-}
-
-status() {              # a table of what the runs' files say
-  local row name n width batch lr seed folder
-  printf '%-36s %-28s %9s %9s %9s\n' run state held-out copies images/s
-  for row in "${rows[@]}"; do
-    read -r name n width batch lr seed <<<"$row"
-    folder=$OUT/$name
-    printf '%-36s %-28s %9.8s %9.8s %9s\n' "$name" "$(state "$name" "$batch")" \
-      "$(field "$folder/log.csv" heldout_loss)" "$(field "$folder/metrics.csv" copy_ratio)" \
-      "$(field "$folder/log.csv" images_per_second)"
-  done
-}
-
-todo=() finished=() task=${SLURM_ARRAY_TASK_ID:-}
-for row in "${rows[@]}"; do
-  read -r name n width batch lr seed <<<"$row"
-  if [[ -n $only && $name != "$only" ]]; then continue; fi
-  if [[ -n $task && $row != "${rows[$task]:-}" ]]; then continue; fi
-  if [[ $(state "$name" "$batch") != "done" ]]; then todo+=("$row"); else finished+=("$name"); fi
-done
 case $mode in
---list) printf '%s\n' "${rows[@]%% *}" && exit ;;
---status) status && exit ;;
---dry-run)
-  scratch=$(mktemp -d)
-  trap 'rm -rf "$scratch"' EXIT
-  plan
+--list)
+  ask
+  printf '%s\n' "${rows[@]%%$'\t'*}"
   exit
   ;;
---only) [[ " ${rows[*]%% *} " == *" $only "* ]] || die "--only $only: no such run; see --list" ;;
+--status)
+  ask
+  { printf 'run\tstate\theld-out\tcopies\timages/s\n' && printf '%s\n' "${rows[@]}"; } |
+    awk -F'\t' '{ printf "%-36s %-28s %9s %9s %9s\n", $1, $2, $3, $4, $5 }'
+  exit
+  ;;
+--dry-run)
+  if (($# == 2)); then on_device "${slots[0]}" && ask "$device"; else ask; fi
+  { printf 'run\tstate\t\t\t\thours\tGB\n' && printf '%s\n' "${rows[@]}"; } |
+    awk -F'\t' -v what="$grid: ${#rows[@]} runs in $OUT" -v slots=${#slots[@]} -v keep="$KEEP" '
+      { printf "%-36s %-28s %9s %9s\n", $1, $2, $6, $7 }
+      NR > 1 && $2 != "done" { todo++; unknown += $6 == "?"; hours += $6; disk += $7 }
+      END {
+        printf "%s, %d to do, %d at a time\n", what, todo, slots
+        if (unknown) printf "%d are of model sizes that never ran here: --dry-run --time " \
+          "times them; without them\n", unknown
+        printf "training and sampling left: %.2f hours, %.2f per slot; ", hours, hours / slots
+        printf "weights to be kept: %.1f GB (KEEP=%s)\n", disk, keep }'
+  exit
+  ;;
 esac
 
-# --- Run, then plot -------------------------------------------------------------------------------
+ask
+task=${SLURM_ARRAY_TASK_ID:-}
+if [[ -n $task && -z $only ]]; then
+  if ! [[ $task =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((task >= ${#rows[@]})); then
+    die "SLURM_ARRAY_TASK_ID=$task: the runs are 0 to $((${#rows[@]} - 1)); see --list"
+  fi
+  rows=("${rows[task]}")
+  only=${rows[0]%%$'\t'*}
+fi
+
+# --- One run --------------------------------------------------------------------------------------
+
+stage() {               # a script of ours with its options, its output to the run's log
+  "$PYTHON" "$home/$1" "${@:2}" </dev/null >>"$OUT/logs/$name.log" 2>&1
+}
+
+run_one() {             # the row $1 on `device`
+  local name=${1%%$'\t'*} options more
+  read -r -a options <<<"${1##*$'\t'}"
+  echo "start  $name"
+  stage train.py "${options[@]}" --out "$OUT/$name" --device "$device" || return 1
+  read -r -d '' -a more <<<"$SAMPLE" || true
+  stage sample.py "$OUT/$name" --device "$device" ${more[@]+"${more[@]}"} || return 1
+  read -r -d '' -a more <<<"$MEASURE" || true
+  stage measure.py "$OUT/$name" --device "$device" ${more[@]+"${more[@]}"} || return 1
+  if [[ $KEEP != all ]]; then only=$name && ask && tidy "${rows[0]}"; fi
+  echo "done   $name"
+}
+
+tidy() {                # remove the weights that KEEP does not keep; only if the row $1 is done
+  local name state snapshots
+  IFS=$'\t' read -r name state _ <<<"$1"
+  [[ $state == "done" ]] || return 0
+  snapshots=("$OUT/$name"/snapshots/[0-9]*.pt)
+  case $KEEP in
+  last) rm -f -- "${snapshots[@]:0:${#snapshots[@]}-1}" ;;
+  none) rm -f -- "${snapshots[@]}" "$OUT/$name/last.pt" ;;
+  esac
+}
+
+teach() {               # what experiment $lesson does with its runs, and what they show
+  local row device run=$OUT/${rows[0]%%$'\t'*}
+  on_device "${slots[0]}"
+  case $lesson in
+  3)
+    read -r -d '' -a row <<<"$SAMPLE" || true
+    "$PYTHON" "$home/sample.py" "$run" --exact --device "$device" "${row[@]}"
+    "$PYTHON" "$home/measure.py" "$run" --device "$device"
+    ;;
+  5) "$PYTHON" "$home/measure.py" "$run" --twin "$OUT/${rows[1]%%$'\t'*}" --device "$device" ;;
+  6) "$PYTHON" "$home/measure.py" "$run" --planted --device "$device" ;;
+  7) "$PYTHON" "$home/measure.py" "$run" --denoisers --device "$device" ;;
+  esac
+  for row in "${rows[@]}"; do "$PYTHON" "$home/plot.py" "$OUT/${row%%$'\t'*}"; done
+}
+
+work() {                # on the device $1, one after the other, the runs that nobody has taken yet
+  local device k
+  on_device "$1"
+  for ((k = 0; k < ${#todo[@]}; k++)); do
+    if mkdir "$claims/$k" 2>/dev/null; then run_one "${todo[k]}" || true; fi
+  done
+}
+
+# --- All runs, then plot --------------------------------------------------------------------------
 
 again="the same command, with the same variables, continues (OUT=$OUT)"
 mkdir -p "$OUT/logs" 2>/dev/null && [[ -w $OUT ]] || die "OUT=$OUT: cannot be written"
-single=$task$only                              # one run among others that run elsewhere: no lock
-if [[ -z $single ]]; then
-  echo "$grid: ${#rows[@]} runs in $OUT, ${#todo[@]} to do, ${#slots[@]} at a time"
-  # The lock is the kernel's, and the runs inherit it: it holds until the last of them has ended.
+if [[ -z $only ]]; then
+  # The lock is the kernel's, on this file descriptor, which Python's end does not close. The runs
+  # inherit it: it holds until the last of them has ended, and no longer, however they end.
   exec 9>"$OUT/.lock"
-  flock -w 1 9 || die "OUT=$OUT: another sweep, or a run that one left behind, works in this folder"
+  lock() { "$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null; }
+  lock || { sleep 2 && lock; } ||
+    die "OUT=$OUT: another sweep, or a run that one left behind, works in this folder"
 fi
-for name in "${finished[@]}"; do tidy "$name"; done     # one was killed between the two
-if ((${#todo[@]})); then
-  set -m                # a process group of its own: all that xargs starts can be ended at once
-  xargs -d '\n' -n 1 -P "${#slots[@]}" --process-slot-var=SLOT "$BASH" "$PWD/sweep.sh" --guard \
-    < <(printf '%s\n' "${todo[@]}") &
-  runner=$!
-  set +m
-  stop() {
-    kill -TERM -- "-$runner" || true
-    wait || true
-    echo "interrupted: $again" >&2
-    exit 130
-  }
-  trap stop INT TERM
-  wait "$runner" || true                        # a failed run is looked at below
-  trap - INT TERM
+todo=()
+for row in "${rows[@]}"; do
+  IFS=$'\t' read -r name state _ <<<"$row"
+  case $state in
+  "done") tidy "$row" ;;                # a sweep was killed between the two
+  "another run"*) die "$OUT/$name: holds $state; take another OUT, or move that folder away" ;;
+  *) todo+=("$row") ;;
+  esac
+done
+if [[ -z $only ]]; then
+  echo "$grid: ${#rows[@]} runs in $OUT, ${#todo[@]} to do, ${#slots[@]} at a time"
 fi
+claims=$OUT/.claims$only workers=()     # a folder in it for every run that a worker has taken
+rm -rf "$claims"
+mkdir "$claims"
+
+end_workers() {         # and all that they started
+  local worker
+  for worker in ${workers[@]+"${workers[@]}"}; do kill -TERM -- "-$worker" 2>/dev/null || true; done
+  wait
+  rm -rf "$claims"
+}
+
+stop() {
+  end_workers
+  echo "interrupted: $again" >&2
+  exit 130
+}
+trap stop INT TERM HUP
+set -m                  # each worker gets a process group of its own, which can be ended at once
+for slot in "${slots[@]}"; do
+  work "$slot" &
+  workers+=($!)
+done
+set +m
+for worker in "${workers[@]}"; do wait "$worker" || true; done
+trap - INT TERM HUP
+end_workers             # what a worker that was killed left behind
+
 failed=0
-for row in "${todo[@]}"; do
-  read -r name n width batch lr seed <<<"$row"
-  if [[ $(state "$name" "$batch") == "done" ]]; then continue; fi
+if ((${#todo[@]})); then ask; fi
+for row in "${rows[@]}"; do
+  IFS=$'\t' read -r name state _ <<<"$row"
+  if [[ $state == "done" ]]; then continue; fi
   failed=$((failed + 1))
   echo "FAILED $name, see $OUT/logs/$name.log:" >&2
   tail -n 3 "$OUT/logs/$name.log" 2>/dev/null | sed 's/^/    /' >&2 || true
 done
-if [[ -z $single ]] && ! "$PYTHON" plot.py "$OUT"; then
-  echo "sweep.sh: plot.py failed, see above; '$PYTHON plot.py $OUT' draws again" >&2
+if [[ $grid == class ]]; then
+  ((failed)) || teach
+elif [[ -z $only ]] && ! "$PYTHON" "$home/plot.py" "$OUT" ${plotting[@]+"${plotting[@]}"}; then
+  echo "sweep.sh: plot.py failed, see above; '$PYTHON $home/plot.py $OUT' draws again" >&2
   if ((!failed)); then exit 1; fi
 fi
 if ((failed)); then

@@ -23,7 +23,6 @@ import io
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -452,13 +451,12 @@ def evaluate(net, process, images, labels, count, amp="auto"):
     order = torch.randperm(count, generator=generator("cpu", "evaluation", count))
     u = (order + 0.5) / count                           # one t in each of `count` slices of [0, 1]
     for block, index in enumerate(torch.arange(count).split(256)):
-        x0 = to_float(images[(index % n).to(device, non_blocking=True)])
-        eps = torch.empty(x0.shape, pin_memory=device.type == "cuda").normal_(
-            generator=generator("cpu", "evaluation", block)).to(device, non_blocking=True)
+        mine = send(index % n, device)
+        x0, t = to_float(images[mine]), send(process.snap(u[index]), device)
+        eps = send(torch.randn(x0.shape, generator=generator("cpu", "evaluation", block)), device)
         with autocast(device, amp):
-            losses.append(diffusion_loss(
-                net, process, x0, process.snap(u[index]).to(device, non_blocking=True), eps,
-                None if labels is None else labels[(index % n).to(device, non_blocking=True)]))
+            losses.append(diffusion_loss(net, process, x0, t, eps,
+                                         None if labels is None else labels[mine]))
     losses = torch.cat(losses).double().cpu().numpy()
     level = np.minimum((u.numpy() * LEVELS).astype(int), LEVELS - 1)
     return losses.mean(), (np.bincount(level, losses, LEVELS)
@@ -1070,6 +1068,12 @@ def check_finite(meter, net, step, kept):
                                  f"{state}. A lower --lr usually helps")
 
 
+def send(x, device, **more):
+    """A copy of the CPU tensor x on the device, which the host does not wait for."""
+    pinned = x.pin_memory() if torch.device(device).type == "cuda" else x
+    return pinned.to(device, non_blocking=True, **more)
+
+
 def pick_device(name):
     """torch.device of auto, cpu, cuda or cuda:K. Raises InputError where there is no such one."""
     if name == "auto":
@@ -1124,15 +1128,9 @@ def autocast(device, amp="auto"):
 
 
 def compiled(net, device, choice, **more):
-    """The net, through torch.compile where --compile and the device say so; `more` goes there.
-
-    Raises InputError where a CPU has no C++ compiler.
-    """
+    """The net, through torch.compile where --compile and the device say so; `more` goes there."""
     if choice == "off" or (choice == "auto" and device.type == "cpu"):
         return net
-    if device.type == "cpu" and not any(map(shutil.which, (
-            os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise InputError("--compile on: a CPU needs a C++ compiler (g++ or clang++) for it")
     return torch.compile(net, fullgraph=True, dynamic=False, **more)
 
 
@@ -1150,7 +1148,8 @@ def wrap(net, args, device, world):
 def setup_cuda():
     """The same bits every time on one machine, and TF32 for what autocast leaves in float32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Not warn_only: attention's backward pass is the deterministic one only if this is strict.
+    # Not warn_only: attention's backward pass is the deterministic one only if this is strict. And
+    # torch.compile then chooses nothing by timing that would change a sum after a restart.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")
@@ -1170,6 +1169,20 @@ class InputError(ValueError):
     """Something the user gave is wrong: one line that names the flag or file and what is wrong."""
 
 
+# What a GPU raises at whatever line the program has come to by then.
+DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
+
+def out_of_memory(error):
+    """Whether memory has run out: "GPU", "CPU" or "". Torch says so in several ways."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "CPU"
+    full = isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error)
+                                             or "STATUS_ALLOC_FAILED" in str(error)))
+    return "GPU" if full else ""
+
+
 @contextlib.contextmanager
 def reading(what, advice=""):
     """Turn whatever goes wrong in a block that reads a file into one InputError line.
@@ -1179,12 +1192,13 @@ def reading(what, advice=""):
     """
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError,
-            getattr(torch, "AcceleratorError", MemoryError)):
+    except (InputError, *DEVICE_ERRORS):
         raise
     except FileNotFoundError:
         raise InputError(f"{what}: no such file (looked for from {Path.cwd()})") from None
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         text = (str(error).splitlines() or [""])[0][:120]
         raise InputError(f"{what}: damaged, or of another kind ({type(error).__name__}: {text})"
                          + (f"; {advice}" if advice else "")) from None
@@ -1213,20 +1227,20 @@ def command_line(main):
             return main(argv)
         except InputError as error:
             code, message = 2, f"error: {error}"
-        except torch.OutOfMemoryError:
-            code, message = 1, ("error: out of GPU memory; a smaller --batch (train.py) or "
-                                "--batch-size (sample.py) needs less")
-        except MemoryError as error:
-            code, message = 1, f"error: does not fit in memory ({error}); take fewer images"
         except BrokenPipeError:                 # what read our output has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         except (FloatingPointError, OSError) as error:
             code, message = 1, f"error: {error}"
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            code, reason = 1, " ".join(str(error).splitlines()[:2]).strip()
+            if memory := out_of_memory(error):
+                message = (f"error: out of {memory} memory; a smaller --batch (train.py) or "
+                           "--batch-size (sample.py), network or --n needs less")
+            elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                message = f"error: torch.compile failed ({reason}); --compile off does without it"
+            else:
                 raise
-            code, message = 1, "error: does not fit in memory; a smaller network or batch would"
         except KeyboardInterrupt:
             code, message = 130, "interrupted: the same command continues from what is saved"
         print(message, file=sys.stderr)
@@ -1250,7 +1264,7 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:    # torch.save has a name of its own for a full disk
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, DEVICE_ERRORS):
             raise
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)),
                       None) or str(error).splitlines()[0]

@@ -59,3 +59,8 @@ def refused(capsys):
         for word in words:
             assert str(word) in lines[0]
     return check
+
+
+def pytest_configure(config):
+    """Name the project's own marker: `python -m pytest -m cuda` runs what needs a GPU."""
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")

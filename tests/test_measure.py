@@ -1,8 +1,10 @@
 """measure.py: every metric against a case with a known answer, or a public implementation of it."""
 
 import csv
+import hashlib
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +63,10 @@ def test_two_nearest_equals_brute_force(name):
     distances, indices = measure.two_nearest(q, r)
     expected, where = brute_force(q, r)
     torch.testing.assert_close(distances, expected, rtol=1e-9, atol=0)
-    assert torch.equal(indices, where)
+    if "duplicates" in name:            # any of the equal ones
+        assert torch.equal(r[indices], r[where]) and (indices[:, 0] != indices[:, 1]).all()
+    else:
+        assert torch.equal(indices, where)
 
 
 def test_two_nearest_over_many_blocks():
@@ -88,18 +93,6 @@ def test_two_nearest_without_a_second_group_says_so():
     assert indices.tolist() == [[0, -1]] * 3
 
 
-def test_two_nearest_refuses_nan():
-    with pytest.raises(train.InputError, match="not finite"):
-        measure.two_nearest(torch.full((2, 3), math.nan), torch.zeros(4, 3))
-
-
-def test_two_nearest_ignores_and_restores_tf32():
-    torch.set_float32_matmul_precision("high")
-    measure.two_nearest(torch.zeros(2, 3), torch.eye(3))
-    assert torch.get_float32_matmul_precision() == "high"
-    torch.set_float32_matmul_precision("highest")
-
-
 # --- Copies ---------------------------------------------------------------------------------------
 
 
@@ -112,7 +105,7 @@ def subset(tmp_path, monkeypatch):
 
 def ratio(subset, images):
     """The copy ratio of uint8 images."""
-    return measure.copying_row(subset.nearest(images), subset.groups)["copy_ratio"]
+    return measure.copying(measure.Context(images, subset))["copy_ratio"]
 
 
 def test_planted_copies_are_all_found_and_noise_never(subset):
@@ -125,13 +118,11 @@ def test_planted_copies_are_all_found_and_noise_never(subset):
 
 
 def test_held_out_toy_images_are_no_copies(subset):
-    controls = subset.controls()
-    for found in controls.values():
-        assert measure.copying_row(found, subset.groups)["copy_ratio"] == 0
-    assert len(controls["heldout"]["distances"]) == 5120
+    assert ratio(subset, subset.heldout) == 0 and len(subset.heldout) == 5120
     # left out, an image does not find itself
-    assert (controls["leave_one_out"]["distances"][:, 0] > 0).all()
-    assert (controls["leave_one_out"]["indices"][:, 0] != torch.arange(64)).all()
+    distances, indices = subset.own
+    assert (distances[:, 0] > 0).all() and (indices[:, 0] != torch.arange(64)).all()
+    assert (measure.copy_ratios(distances) > 1 / 3).all()
 
 
 def test_copies_of_duplicated_images_count(subset, tmp_path, monkeypatch):
@@ -143,9 +134,9 @@ def test_copies_of_duplicated_images_count(subset, tmp_path, monkeypatch):
     assert doubled.groups.tolist() == [*range(64), *range(8)]
     copies = doubled.train[:8]
     assert ratio(doubled, copies) == 1
-    distances, _ = measure.two_nearest(measure.pixel_features(copies), doubled.pixels)
+    distances, _ = measure.two_nearest(measure.pixel_features(copies), doubled.search)
     assert (measure.copy_ratios(distances) == 1).all()     # without groups they would pass as novel
-    row = measure.copying_row(doubled.nearest(doubled.train[[0, 64, 1, 9]]), doubled.groups)
+    row = measure.copying(measure.Context(doubled.train[[0, 64, 1, 9]], doubled))
     assert (row["distinct_copied"], row["most_copied"]) == (3, 2)
 
 
@@ -156,7 +147,7 @@ def test_mirrored_copies_count_where_training_flipped(tmp_path, monkeypatch):
     mirrored = plain.train.flip(2)
     assert ratio(flipped, mirrored) == 1 and ratio(flipped, plain.train) == 1
     assert ratio(plain, mirrored) < 0.5
-    assert torch.equal(flipped.nearest(mirrored)["indices"][:, 0], torch.arange(64))
+    assert torch.equal(flipped.nearest(mirrored)[1][:, 0], torch.arange(64))
 
 
 def test_near_duplicates_are_grouped_and_look_alikes_are_not():
@@ -185,14 +176,17 @@ def test_all_duplicates_have_no_ratio(tmp_path, monkeypatch):
     (0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341), (10, 10, 0.72247, 1.0),
     (1, 2048, 8.62e-5, 0.00276)])
 def test_wilson_interval(k, n, low, high):
-    assert measure.wilson(k, n) == pytest.approx((low, high), rel=2e-3, abs=1e-9)
+    row = measure.share("x", torch.arange(n) < k)
+    assert (row["x_ratio"], row["x_low"], row["x_high"]) == pytest.approx(
+        (k / n, low, high), rel=2e-3, abs=1e-9)
 
 
-def test_auth_share_counts_those_nearer_than_the_images_own_neighbour():
-    own = {"distances": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
-    found = {"distances": torch.tensor([[0.5, 2], [1.5, 2], [2.9, 4], [3.0, 4]]),
-             "indices": torch.tensor([[0, 1], [0, 1], [1, 0], [1, 0]])}
-    assert measure.auth_share(found, own) == 0.5
+def test_authenticity_counts_those_nearer_than_the_images_own_neighbour(subset):
+    c = measure.Context(subset.train[:4], subset)
+    subset.own = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), None
+    c.neighbours = (torch.tensor([[0.5, 2], [1.5, 2], [2.9, 4], [3.0, 4]]),
+                    torch.tensor([[0, 1], [0, 1], [1, 0], [1, 0]]))
+    assert measure.authenticity(c)["auth_share"] == 0.5
 
 
 # --- Distances of distributions -------------------------------------------------------------------
@@ -202,94 +196,99 @@ def gaussian(n, d, shift=0.0):
     return torch.randn(n, d, generator=G, dtype=torch.float64) + shift
 
 
-def test_frechet_of_equal_covariances_is_the_mean_distance():
-    mean, cov = measure.moments(gaussian(500, 20))
-    assert measure.frechet_distance(mean, cov, mean + 2, cov) == pytest.approx(80, rel=1e-9)
-    assert measure.frechet_distance(mean, cov, mean, cov) == pytest.approx(0, abs=1e-9)
+def with_moments(x, mean, factor):
+    """Vectors whose mean and covariance are exactly `mean` and factor factor^T."""
+    x = x - x.mean(0)
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T,
+                                             upper=False)
+    return (factor @ whitened).T + mean
 
 
-def test_frechet_of_commuting_covariances():
+def test_fid_of_equal_covariances_is_the_mean_distance():
+    x = gaussian(500, 20)
+    assert measure.fid(x, x + 2) == pytest.approx(80, rel=1e-9)
+    assert measure.fid(x, x) == pytest.approx(0, abs=1e-6)
+
+
+def test_fid_of_commuting_covariances():
     a, b = torch.rand(2, 30, generator=G, dtype=torch.float64) + 0.1
     turn, _ = torch.linalg.qr(gaussian(30, 30))
-    zero = torch.zeros(30)
-    got = measure.frechet_distance(zero, turn @ a.diag() @ turn.T, zero, turn @ b.diag() @ turn.T)
-    assert got == pytest.approx(float((a.sqrt() - b.sqrt()).square().sum()), rel=1e-9)
+    x, y = (with_moments(gaussian(n, 30), 0, turn @ v.sqrt().diag()) for n, v in ((50, a), (70, b)))
+    expected = float((a.sqrt() - b.sqrt()).square().sum())
+    assert measure.fid(x, y) == pytest.approx(expected, rel=1e-6)
 
 
-def test_frechet_with_fewer_samples_than_dimensions():
+@pytest.mark.parametrize(("n", "m"), [(300, 200), (30, 200), (200, 30), (30, 40)])
+def test_fid_equals_pytorch_fid(n, m):
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    x, y = gaussian(n, 60) @ gaussian(60, 60), gaussian(m, 60, 0.1) @ gaussian(60, 60)
+    expected = calculate_frechet_distance(*(v.numpy() for z in (x, y)
+                                            for v in (z.mean(0), torch.cov(z.T))))
+    assert measure.fid(x, y) == pytest.approx(expected, rel=1e-4)
+
+
+def test_fid_with_fewer_samples_than_dimensions():
     # |sqrt(cov1)|^2 + |sqrt(cov2)|^2 - 2 |X1 X2^T|_* / (n - 1), without forming a covariance
     x, y = gaussian(30, 80), gaussian(30, 80, 0.2) * 1.5
     x_, y_ = x - x.mean(0), y - y.mean(0)
     expected = ((x.mean(0) - y.mean(0)).square().sum() + (x_.square().sum() + y_.square().sum()
                 - 2 * torch.linalg.svdvals(x_ @ y_.T).sum()) / 29)
-    got = measure.frechet_distance(*measure.moments(x), *measure.moments(y))
-    assert got == pytest.approx(float(expected), rel=1e-6)
-    assert measure.fid(x, y) == pytest.approx(float(expected), rel=1e-9)
-    many = gaussian(200, 80)                    # one singular, one not, either way round
-    a, b = measure.moments(x), measure.moments(many)
-    assert measure.frechet_distance(*a, *b) == \
-        pytest.approx(measure.frechet_distance(*b, *a), rel=1e-6)
-    assert measure.fid(x, many) == pytest.approx(measure.frechet_distance(*a, *b), rel=1e-6)
+    assert measure.fid(x, y) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_frechet_of_a_covariance_whose_first_dimensions_are_dead():
-    x, y = gaussian(30, 40), gaussian(30, 40)
+def test_fid_where_dimensions_are_dead():
+    x, y = gaussian(60, 40), gaussian(60, 40)
     x[:, 3] = y[:, 5] = 0
     x[:, 8] = x[:, 7]
-    got = measure.frechet_distance(*measure.moments(x), *measure.moments(y))
-    assert got == pytest.approx(measure.fid(x, y), rel=1e-6)
+    alive = [k for k in range(40) if k not in (3, 5)]
+    rest = float(x[:, 5].var() + x[:, 5].mean() ** 2 + y[:, 3].var() + y[:, 3].mean() ** 2)
+    assert measure.fid(x, y) == pytest.approx(measure.fid(x[:, alive], y[:, alive]) + rest,
+                                              rel=1e-6)
 
 
-def test_frechet_equals_pytorch_fid():
-    from pytorch_fid.fid_score import calculate_frechet_distance
-    a, b = (measure.moments(gaussian(300, 60, s) @ gaussian(60, 60)) for s in (0, 0.1))
-    expected = calculate_frechet_distance(*(v.numpy() for v in (*a, *b)))
-    assert measure.frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("bad", [(torch.zeros(3), torch.eye(4)),
-                                 (torch.zeros(4) * math.nan, torch.eye(4))])
-def test_frechet_refuses_bad_input(bad):
-    with pytest.raises(train.InputError, match="frechet_distance"):
-        measure.frechet_distance(*bad, torch.zeros(4), torch.eye(4))
+def sw(*args):
+    """The value of sliced_wasserstein, without its error."""
+    return measure.sliced_wasserstein(*args, groups=0)[0]
 
 
 def test_sliced_wasserstein_closed_forms():
     x = gaussian(500, 1)
-    assert measure.sliced_wasserstein(x, x + 3) == pytest.approx(3)
-    assert measure.sliced_wasserstein(x, x.flip(0)) == 0
+    assert sw(x, x + 3) == pytest.approx(3)
+    assert sw(x, x.flip(0)) == 0
     # a shift by d in D dimensions: (E (theta.d)^2)^(1/2) = |d| / sqrt(D)
     y = gaussian(100, 10)
-    assert measure.sliced_wasserstein(y, y + 2, 20000) == pytest.approx(2, rel=0.02)
+    assert sw(y, y + 2, 20000) == pytest.approx(2, rel=0.02)
     # scaled Gaussians: W2 of N(0, 1) and N(0, 4) is 1
-    assert measure.sliced_wasserstein(gaussian(20000, 3), 2 * gaussian(20000, 3), 200) == \
+    assert sw(gaussian(20000, 3), 2 * gaussian(20000, 3), 200) == \
         pytest.approx(1, rel=0.03)
-    assert measure.sliced_wasserstein(y, y + 2, 50, 1) == \
-        measure.sliced_wasserstein(y, y + 2, 50, 1)
-    assert measure.sliced_wasserstein(y, y + 2, 50, 1) != \
-        measure.sliced_wasserstein(y, y + 2, 50, 2)
+    assert sw(y, y + 2, 50, 1) == \
+        sw(y, y + 2, 50, 1)
+    assert sw(y, y + 2, 50, 1) != \
+        sw(y, y + 2, 50, 2)
 
 
 def test_sliced_wasserstein_error_is_the_spread_of_fresh_draws():
-    value, error = measure.sliced_wasserstein_error(gaussian(200, 5), gaussian(200, 5, 1.0), 100)
-    draws = [measure.sliced_wasserstein(gaussian(200, 5), gaussian(200, 5, 1.0), 100)
+    value, error = measure.sliced_wasserstein(gaussian(200, 5), gaussian(200, 5, 1.0), 100)
+    draws = [sw(gaussian(200, 5), gaussian(200, 5, 1.0), 100)
              for _ in range(100)]
     assert abs(value - np.mean(draws)) < 4 * np.std(draws)
     assert np.std(draws) / 2 < error < 2 * np.std(draws)
 
 
-def test_sliced_wasserstein_wants_equal_counts():
-    with pytest.raises(train.InputError, match="must be equal"):
-        measure.sliced_wasserstein(gaussian(3, 2), gaussian(4, 2))
+def test_sliced_wasserstein_error_does_not_mind_the_classes_in_turn():
+    classes = 3 * gaussian(10, 5)                   # sample i is of class i % 10
+    x, y = (classes.repeat(20, 1) + gaussian(200, 5) for _ in range(2))
+    shuffled = measure.sliced_wasserstein(x[torch.randperm(200)], y[torch.randperm(200)], 100)[1]
+    assert measure.sliced_wasserstein(x, y[torch.randperm(200)], 100)[1] < 2 * shuffled
 
 
 def test_kid_equals_torch_fidelity_and_its_error_the_spread():
     from torch_fidelity.metric_kid import kid_features_to_metric
     x, y = gaussian(200, 40), gaussian(200, 40, 0.3)
     expected = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=200, verbose=False)
-    value, error = measure.kernel_distance(x, y)
+    value, error = measure.kid(x, y)
     assert value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
-    draws = [measure.kernel_distance(gaussian(200, 40), gaussian(200, 40, 0.3))[0]
+    draws = [measure.kid(gaussian(200, 40), gaussian(200, 40, 0.3))[0]
              for _ in range(200)]
     assert error == pytest.approx(np.std(draws), rel=0.3)
 
@@ -307,11 +306,11 @@ def test_precision_and_recall_equal_torch_fidelity():
 
 def test_degenerate_sets():
     one, same = gaussian(1, 4), torch.ones(10, 4)
-    assert math.isnan(measure.kernel_distance(one, one)[0])
+    assert math.isnan(measure.kid(one, one)[0])
     assert math.isnan(measure.precision_recall(one, gaussian(9, 4))[0])
     assert measure.precision_recall(same, same) == (1, 1)
-    assert measure.sliced_wasserstein(same, same) == 0
-    assert measure.frechet_distance(*measure.moments(same), *measure.moments(same)) == 0
+    assert sw(same, same) == 0
+    assert measure.fid(same, same) == 0 and math.isnan(measure.fid(one, same))
 
 
 # --- Inception ------------------------------------------------------------------------------------
@@ -338,21 +337,21 @@ def test_inception_features_equal_pytorch_fids(inception_state, monkeypatch):
     images = torch.randint(0, 256, (4, 32, 32, 3), generator=G, dtype=torch.uint8)
     with torch.no_grad():
         expected = inception.InceptionV3([3]).eval()(images.permute(0, 3, 1, 2) / 255)[0].flatten(1)
-    got = measure.inception_features(measure.inception_net(inception_state), images, batch=3)
+    got = measure.network_features(measure.inception_net(inception_state), images, size=299,
+                                   mean=0.5, std=0.5, batch=3)
     assert got.shape == (4, 2048) and got.std() > 0
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
-def test_weights_that_cannot_be_used_are_named(tiny_run, tmp_path, refused, monkeypatch):
-    run = tmp_path / "r"
-    shutil.copytree(tiny_run, run)
+def test_weights_that_cannot_be_used_are_named(run, tmp_path, refused, monkeypatch):
     before = (run / "metrics.csv").read_bytes()
     more = ["--features", "inception", "--weights"]
-    refused(measure.main, [run, *more, "none.pth"], "none.pth", "No such file")
+    refused(measure.main, [run, *more, "none.pth"], "none.pth", "no such file")
     (tmp_path / "w.pth").write_bytes(b"PK\3\4 damaged")
     refused(measure.main, [run, *more, tmp_path / "w.pth"], "w.pth", "damaged")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     refused(measure.main, [run, *more, tmp_path / "other.pth"], "--weights", "graph")
+
     def offline(*a, **k):
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
@@ -360,11 +359,8 @@ def test_weights_that_cannot_be_used_are_named(tiny_run, tmp_path, refused, monk
     assert (run / "metrics.csv").read_bytes() == before
 
 
-def test_both_feature_spaces_side_by_side(tiny_run, tmp_path, inception_state, monkeypatch, capsys):
-    run = tmp_path / "r"
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_run, run)
-    for path in (run / "samples").glob("0000*"):
+def test_both_feature_spaces_side_by_side(run, tmp_path, inception_state, capsys):
+    for path in (run / "samples" / SET).glob("*"):
         if path.stem != "0000016":
             path.unlink()
     torch.save(inception_state, tmp_path / "w.pth")
@@ -376,7 +372,83 @@ def test_both_feature_spaces_side_by_side(tiny_run, tmp_path, inception_state, m
     assert rows[0]["fid_inception_train"] == "" and rows[0]["fid_pixels_train"]
 
 
+# --- Features of any network ----------------------------------------------------------------------
+
+
+class Small(torch.nn.Module):
+    """A network to be saved: the picture in 8 x 8, without its mean."""
+
+    def forward(self, x):
+        x = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)
+        return x - x.mean(1, keepdim=True)
+
+
+class Tuple(Small):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Flat(Small):
+    def forward(self, x):
+        return super().forward(x).flatten()
+
+
+def export(module, path):
+    """A .pt2 file of a module that takes any number of pictures of any size."""
+    B, H = torch.export.Dim("B"), torch.export.Dim("H", min=8, max=1024)
+    torch.export.save(torch.export.export(module, (torch.rand(2, 3, 16, 16),),
+                                          dynamic_shapes=({0: B, 2: H, 3: H},)), path)
+    return path
+
+
+def test_features_of_an_exported_network(run, tmp_path, refused, capsys):
+    refused(measure.main, [run, "--features", "nonsense"], "--features nonsense")
+    (tmp_path / "bad.pt2").write_bytes(b"nothing")
+    refused(measure.main, [run, "--features", tmp_path / "bad.pt2"], "bad.pt2", "damaged")
+    refused(measure.main, [run, "--features", export(Tuple(), tmp_path / "two.pt2")], "two.pt2",
+            "returns tuple")
+    refused(measure.main, [run, "--features", export(Flat(), tmp_path / "flat.pt2")], "flat.pt2",
+            "must be a tensor (8, D)")
+    capsys.readouterr()
+    path = export(Small(), tmp_path / "my net.pt2")
+    measure.main([str(run), "--features", str(path), "--device", "cpu"])
+    assert "TorchScript" not in capsys.readouterr().out
+    row, digest = metrics(run)[-1], hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    assert row[f"weights_my-net-{digest}"] == digest and float(row["fid_pixels_train"]) > 0
+    space = measure.load_network("--features", path, torch.device("cpu"))
+    data, (images, *_) = train.load_data("toy", 8, 8), sample.read_samples(file_of(run, 16))
+    x, y = (space.extract(torch.from_numpy(v)) for v in (images, data.heldout_images[:12]))
+    torch.testing.assert_close(x, Small()(torch.from_numpy(images).permute(0, 3, 1, 2) / 255))
+    assert float(row[f"fid_my-net-{digest}_heldout"]) == pytest.approx(measure.fid(x, y))
+
+
+def test_grey_pictures_are_given_three_channels():
+    grey = torch.randint(0, 256, (5, 8, 8, 1), generator=G, dtype=torch.uint8)
+    x = measure.network_features(lambda x: x.flatten(1), grey, batch=2)
+    assert torch.equal(x.reshape(5, 3, 64), (grey.reshape(5, 1, 64) / 255).expand(5, 3, 64))
+
+
+def test_small_pictures_ask_for_no_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    digits = ["--data", "digits", "--size", "8"]
+    train.main([*TINY, *digits, "--steps", "4", "--out", "r"])
+    sample.main(["r", "--num", "4", "--sampling-steps", "2", "--device", "cpu"])
+    measure.main(["r", "--device", "cpu"])
+    assert "pixels" in capsys.readouterr().out
+
+
 # --- The command ----------------------------------------------------------------------------------
+
+
+SET = "steps5"                              # of tiny_run's samples: made in 5 steps
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path, monkeypatch):
+    """A copy of tiny_run, to be changed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, tmp_path / "r")
+    return tmp_path / "r"
 
 
 def metrics(run, name="metrics.csv"):
@@ -384,42 +456,125 @@ def metrics(run, name="metrics.csv"):
         return list(csv.DictReader(file))
 
 
+def file_of(run, step):
+    """The samples file of a step."""
+    return sample.samples_path(run, next(iter(sample.sample_sets(run))), step)
+
+
+def change(run, step, edit):
+    """Write the samples of a step anew after edit(images)."""
+    path = file_of(run, step)
+    found = sample.read_samples(path)
+    edit(found.images)
+    sample.write_samples(path, *found[:4], train.identity(train.read_run(run)))
+
+
+def copy_first(images, count=8):
+    images[:count] = train.load_data("toy", 8, 8).train_images[:count]
+
+
 def test_metrics_of_a_run(tiny_run):
     rows = metrics(tiny_run)
     assert [int(r["step"]) for r in rows] == [4, 6, 8, 11, 16]
     for row in rows:
+        assert row["set"] == SET and row["setting_sampling_steps"] == "5"
+        assert 0 <= float(row["out_of_range"]) <= 1
         assert row["samples"] == "12" and row["copy_ratio"] == "0.0"
         assert float(row["copy_high"]) == pytest.approx(0.2425, abs=1e-3)
         assert all(float(row[f"{m}_pixels_{s}"]) > 0
                    for m in ("fid", "sw") for s in ("train", "heldout"))
-    controls = {row["name"]: row for row in metrics(tiny_run, "controls.csv")}
-    assert float(controls["heldout"]["copy_ratio"]) == 0
-    assert float(controls["exact"]["copy_ratio"]) == 1
-    with np.load(tiny_run / "neighbours/0000016.npz") as found:
+        assert all(row.values())
+    with np.load(tiny_run / f"neighbours/{SET}/0000016.npz") as found:
         assert found["distances"].shape == found["indices"].shape == (12, 2)
-        assert found["nearest"].shape == (12, 8, 8, 3)
+        assert found["nearest"].shape == found["samples"].shape == (12, 8, 8, 3)
+        assert str(found["samples_digest"]) == rows[-1]["samples_digest"] and found["step"] == 16
 
 
-def test_measuring_skips_what_is_done_and_measures_new_samples(tiny_run, tmp_path, capsys):
-    run = tmp_path / "r"
-    shutil.copytree(tiny_run, run)
+def test_controls_of_a_run(tiny_run):
+    rows = metrics(tiny_run)
+    controls = {row["name"]: row for row in metrics(tiny_run, "controls.csv")}
+    assert list(controls) == ["heldout", "training", "leave_one_out", "exact"]
+    heldout, training, exact = (controls[k] for k in ("heldout", "training", "exact"))
+    assert float(heldout["copy_ratio"]) == 0 and float(exact["copy_ratio"]) > 0.7
+    assert heldout["images"] == "5120" and training["images"] == "12"
+    for column in ("copy_ratio", "copy_high", "auth_share"):
+        assert rows[-1][f"null_{column}"] == heldout[column]
+    assert 0.3 < float(heldout["auth_share"]) < 0.7 and float(training["auth_share"]) == 0
+    assert float(training["copy_ratio"]) == 1 and float(training["nearest_rms"]) == 0
+    assert float(training["mixture_residual"]) < 1e-6 < float(heldout["mixture_residual"])
+    # honest images are nearer to held-out ones, a memorizer's to the training images
+    assert float(heldout["sw_pixels_heldout"]) < float(heldout["sw_pixels_train"])
+    assert float(training["sw_pixels_train"]) < float(training["sw_pixels_heldout"])
+    # a memorizer's samples are their nearest images
+    assert training["kid_pixels_replaced"] == training["kid_pixels_heldout"]
+    columns = {c for c, value in training.items() if value} - {"name", "images", "compared"}
+    assert columns <= set(rows[-1])
+
+
+def test_controls_of_another_feature_space_stay(run):
+    before = metrics(run, "controls.csv")
+    path = export(Small(), run / "net.pt2")
+    measure.main([str(run), "--features", str(path), "--device", "cpu"])
+    for old, new in zip(before, metrics(run, "controls.csv"), strict=True):
+        assert old.items() <= new.items() and len(new) > len(old)
+    measure.main([str(run), "--num", "6", "--device", "cpu"])
+    assert all(not value for row in metrics(run, "controls.csv") for name, value in row.items()
+               if "_net-" in name)                          # of another count
+
+
+def test_spectrum_of_a_run(tiny_run):
+    rows = metrics(tiny_run, "spectrum.csv")
+    assert [r["name"] or int(r["step"]) for r in rows] == [4, 6, 8, 11, 16, "heldout", "training"]
+    assert list(rows[0]) == ["name", "set", "step", *(f"power_{k}" for k in range(5))]
+    assert all(float(row["power_1"]) > 0 for row in rows)
+
+
+def test_measuring_skips_what_is_done_and_measures_new_samples(run, capsys):
     measure.main([str(run), "--device", "cpu"])
     assert "0 of 5 snapshots" in capsys.readouterr().out
-    images, labels, settings = sample.read_samples(run / "samples/0000016.npz")
-    images[:8] = train.load_data("toy", 8, 8).train_images
-    sample.write_samples(run, "0000016", images, labels, settings)
+    change(run, 16, copy_first)
     measure.main([str(run), "--device", "cpu"])
     assert "1 of 5 snapshots" in capsys.readouterr().out
     row = metrics(run)[-1]
     assert float(row["copy_ratio"]) == pytest.approx(8 / 12) and row["distinct_copied"] == "8"
 
 
-def test_measuring_again_gives_the_same_file(tiny_run, tmp_path):
-    run = tmp_path / "r"
-    shutil.copytree(tiny_run, run)
-    (run / "metrics.csv").unlink()
+def test_measuring_again_gives_the_same_files(tiny_run, run):
+    shutil.rmtree(run / "neighbours")
+    for name in ("metrics.csv", "controls.csv", "spectrum.csv"):
+        (run / name).unlink()
     measure.main([str(run), "--device", "cpu"])
-    assert (run / "metrics.csv").read_bytes() == (tiny_run / "metrics.csv").read_bytes()
+    for name in ("metrics.csv", "controls.csv", "spectrum.csv"):
+        assert (run / name).read_bytes() == (tiny_run / name).read_bytes()
+
+
+def test_a_new_metric_is_added_to_what_was_measured(run, monkeypatch, capsys):
+    old = metrics(run)
+
+    def brightness(c):
+        """The mean value of the pictures."""
+        return {"brightness": float(c.images.double().mean())}
+    monkeypatch.setattr(measure, "METRICS", (*measure.METRICS, brightness))
+    measure.main([str(run), "--device", "cpu"])
+    assert "5 of 5 snapshots" in capsys.readouterr().out
+    for before, after in zip(old, metrics(run), strict=True):
+        assert before.items() <= after.items()
+        assert float(after["brightness"]) == pytest.approx(
+            sample.read_samples(file_of(run, int(after["step"]))).images.mean())
+    assert all(float(r["brightness"]) > 0 for r in metrics(run, "controls.csv") if r["brightness"])
+    measure.main([str(run), "--device", "cpu"])
+    assert "0 of 5 snapshots" in capsys.readouterr().out
+
+
+def test_sets_of_samples_side_by_side(run, capsys):
+    sample.main([str(run), "--num", "6", "--sampling-steps", "5", "--eta", "1", "--device", "cpu"])
+    measure.main([str(run), "--device", "cpu"])
+    assert "5 of 10 snapshots" in capsys.readouterr().out
+    rows = metrics(run)
+    assert [(r["set"], int(r["step"]), r["setting_eta"]) for r in rows] == [
+        (name, step, eta) for name, eta in ((SET, "0.0"), ("steps5_eta1", "1.0"))
+        for step in (4, 6, 8, 11, 16)]
+    assert (run / "neighbours/steps5_eta1/0000016.npz").exists()
 
 
 def test_two_training_images_and_one_sample(tmp_path, monkeypatch):
@@ -435,23 +590,32 @@ def test_two_training_images_and_one_sample(tmp_path, monkeypatch):
     assert float(controls["leave_one_out"]["copy_ratio"]) == 0
 
 
-def test_bad_samples_are_named(tiny_run, tmp_path, refused):
-    run = tmp_path / "r"
-    shutil.copytree(tiny_run, run)
+def test_bad_samples_are_named(run, refused):
     before = (run / "metrics.csv").read_bytes()
-    path = run / "samples/0000016.npz"
+    path = file_of(run, 16)
     refused(measure.main, [run, "--num", "13"], "--num 13", "only 12")
     refused(measure.main, [run, "--num", "0"], "--num 0")
     refused(measure.main, [run, "--data", "none.npz"], "none.npz")
     whole = path.read_bytes()
     path.write_bytes(whole[:300])
-    refused(measure.main, [run], path, "no readable samples")
+    refused(measure.main, [run], path, "damaged")
     np.savez(path, images=np.zeros((12, 4, 4, 3), np.uint8), labels=np.zeros(12), settings="{}")
     refused(measure.main, [run], path, "(12, 4, 4, 3)")
     shutil.rmtree(run / "samples")
     refused(measure.main, [run], "no samples", "sample.py")
-    refused(measure.main, [tmp_path / "none"], "not a run folder")
+    refused(measure.main, ["none"], "not a run folder")
     assert (run / "metrics.csv").read_bytes() == before
+
+
+def test_what_is_wrong_is_said_before_weights_are_loaded(run, refused, monkeypatch):
+    def loaded(*args):
+        raise AssertionError("the weights were asked for")
+    monkeypatch.setattr(measure, "load_space", loaded)
+    refused(measure.main, [run, "--features", "inception", "--twin", "none"], "none")
+    refused(measure.main, [run, "--features", "inception", "--twin", run], "share 8 images")
+    refused(measure.main, [run, "--patch", "2"], "--patch 2")
+    (run / "metrics.csv").write_bytes(b"step\n\xff\xfe")
+    refused(measure.main, [run, "--features", "inception"], "metrics.csv")
 
 
 def test_flipped_training_is_measured_with_mirrored_images(tmp_path, monkeypatch):
@@ -459,48 +623,212 @@ def test_flipped_training_is_measured_with_mirrored_images(tmp_path, monkeypatch
     run = tmp_path / "r"
     train.main([*TINY, "--flip", "--steps", "4", "--out", str(run)])
     sample.main([str(run), "--num", "8", "--sampling-steps", "2", "--device", "cpu"])
-    _, labels, settings = sample.read_samples(run / "samples/0000004.npz")
-    mirrored = train.load_data("toy", 8, 8).train_images[:, :, ::-1].copy()
-    sample.write_samples(run, "0000004", mirrored, labels, settings)
+
+    def mirror(images):
+        images[:] = train.load_data("toy", 8, 8).train_images[:, :, ::-1]
+    change(run, 4, mirror)
     measure.main([str(run), "--device", "cpu"])
     assert float(metrics(run)[0]["copy_ratio"]) == 1
+
+
+# --- What measure.py reads may be damaged, swapped, or not to be written --------------------------
+
+
+@pytest.mark.parametrize("text", [
+    b"set,step\n,4,5\n", b"set,step\n\n,\n", b"set,step,a\n,4\n", b"a,b\n1,2\n", b"\0\xff\x80" * 99,
+    b'set,step\n"\n', b"set,step\n,four\n"])
+def test_a_damaged_table_is_one_line(run, refused, text):
+    for name, more in (("metrics.csv", []), ("denoisers.csv", ["--denoisers"])):
+        (run / name).write_bytes(text)
+        refused(measure.main, [run, *more], name)
+        assert (run / name).read_bytes() == text
+
+
+def test_damaged_and_swapped_neighbours_are_made_anew(tiny_run, run):
+    folder = run / "neighbours" / SET
+    (folder / "0000004.npz").rename(folder / "0000005.npz")
+    (folder / "0000016.npz").rename(folder / "0000004.npz")
+    (folder / "0000005.npz").rename(folder / "0000016.npz")
+    content = bytearray((folder / "0000006.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "0000006.npz").write_bytes(content)
+    (folder / "0000008.npz").write_bytes(content[:100])
+    measure.main([str(run), "--device", "cpu"])
+    for path in folder.glob("*"):
+        with np.load(path) as new, np.load(tiny_run / "neighbours" / SET / path.name) as old:
+            assert all(np.array_equal(new[key], old[key]) for key in old.files)
+
+
+def test_caches_that_are_swapped_or_damaged_are_made_anew(tiny_run, run):
+    def fresh():
+        shutil.rmtree(run / "neighbours")
+        (run / "metrics.csv").unlink()
+        measure.main([str(run), "--device", "cpu"])
+    fresh()
+    files = sorted(Path("data/cache").glob("*"))
+    contents = [path.read_bytes() for path in files]
+    for path, content in zip(files, contents[1:] + contents[:1], strict=True):
+        path.write_bytes(content)                       # each is another's
+    fresh()
+    assert [path.read_bytes() for path in files] != contents[1:] + contents[:1]
+    for k, path in enumerate(files):
+        path.write_bytes(contents[k][:k * 7] + b"?" + contents[k][k * 7 + 1:])
+    fresh()
+    for name in ("metrics.csv", "controls.csv"):
+        assert (run / name).read_bytes() == (tiny_run / name).read_bytes()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tiny_run, run, capsys):
+    Path("data").write_text("no folder")
+    (run / "metrics.csv").unlink()
+    measure.say_once.cache_clear()
+    measure.main([str(run), "--device", "cpu"])
+    assert capsys.readouterr().out.count("data/cache") == 1
+    assert (run / "metrics.csv").read_bytes() == (tiny_run / "metrics.csv").read_bytes()
+
+
+def test_caches_follow_what_they_are_made_of(run, monkeypatch):
+    calls = []
+
+    def count(*things):
+        calls.append(things)
+        return torch.zeros(1)
+    x, flow = torch.zeros(3), train.PROCESSES["flow"]
+    same_by_name = flow._replace(schedule=lambda t: (1 - t**2, t**2))
+    for things in ((x, "a"), (x, "b"), (x + 1, "a"), (x.int(), "a"), (x, flow), (x, same_by_name)):
+        for _ in range(2):
+            measure.cached(count, *things)
+    assert len(calls) == 6
+    monkeypatch.setattr(measure, "FILES", measure.FILES + "# another line")
+    measure.cached(count, x, "a", made_by=measure.FILES)
+    assert len(calls) == 7
+    # what is slow, features of a network, stays when other code changes
+    a, b = (measure.Space("net", count, digest) for digest in ("1", "2"))
+    for space in (a, a, b):
+        space.of_real(x)
+    assert len(calls) == 9
+
+
+def test_two_at_once_are_refused(run, refused):
+    with train.locked(run, "measure"):
+        refused(measure.main, [run], "another process")
+
+
+# --- Sharpness, mixtures, attractors, spectra -----------------------------------------------------
+
+
+def picture(values):
+    """uint8 (n, S, S, 1) of numbers in [0, 1]."""
+    return (values * 255).round().to(torch.uint8)[..., None]
+
+
+def test_sharpness_and_contrast_of_known_pictures(subset):
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2
+    stripes = torch.arange(8)[:, None].expand(8, 8) % 2
+    for x, sharp, contrast in ((board, 2, 0.5), (stripes, 1, 0.5), (torch.ones(8, 8), 0, 0)):
+        row = measure.sharpness(measure.Context(picture(x[None].float()), subset))
+        assert row["sharpness"] == pytest.approx(sharp, abs=1e-6)
+        assert row["contrast"] == pytest.approx(contrast, abs=1e-6)
+
+
+def test_spectrum_of_waves():
+    turn = 2 * math.pi * torch.arange(32) / 32
+    for k in (1, 5, 16):
+        x = (0.5 + 0.4 * (k * turn).cos()).expand(2, 32, 32)
+        power = measure.power_spectrum(picture(x))
+        assert power["power_0"] == pytest.approx(0.25, abs=0.002)
+        ring = torch.hypot(*torch.meshgrid(*[torch.fft.fftfreq(32, 1 / 32)] * 2, indexing="ij"))
+        count = int((ring.round() == k).sum())
+        total = 0.4**2 / (1 if k == 16 else 2)          # of a cosine; at 16 every value is +-.4
+        assert power[f"power_{k}"] * count == pytest.approx(total, rel=0.02)
+        assert sum(v for name, v in power.items() if name not in ("power_0", f"power_{k}")) < 1e-5
+
+
+def test_mixture_weights_equal_scipys():
+    from scipy.optimize import nnls
+    x = torch.randn(40, 60, generator=G, dtype=torch.float64)
+    common = torch.randn(40, 1, 60, generator=G, dtype=torch.float64)
+    y = torch.randn(40, 10, 60, generator=G, dtype=torch.float64) + 2 * common
+    y[5, 1] = y[5, 0]                                       # equal columns
+    w = measure.non_negative(x, y)
+    rest = (x - (w[:, :, None] * y).sum(1)).norm(dim=1)
+    expected = [nnls(b.T.numpy(), a.numpy())[1] for a, b in zip(x, y, strict=True)]
+    assert (w >= 0).all()
+    np.testing.assert_allclose(rest, expected, rtol=1e-4)
+
+
+def test_mixtures_are_found(subset):
+    a, b = subset.train[:8].float(), subset.train[8:16].float()
+    mixed = ((a + b) / 2).round().to(torch.uint8)
+    pairs = measure.Subset.__new__(measure.Subset)
+    pairs.search = measure.pixel_features(subset.train[:16])
+    c = measure.Context(mixed, subset)
+    assert measure.mixture(c)["mixture_residual"] < 0.4 * float(
+        measure.mixture(measure.Context(subset.heldout[:8], subset))["mixture_residual"])
+    c.subset = pairs
+    assert measure.mixture(c, k=16)["mixture_residual"] < 0.01
+
+
+def test_nearest_distance_in_rms(subset):
+    shifted = (subset.train[:9].int() + 10).clamp(0, 255).to(torch.uint8)
+    row = measure.nearest_rms(measure.Context(shifted, subset))
+    assert row["nearest_rms"] == pytest.approx(10 / 127.5, rel=0.02)
+
+
+def test_samples_near_one_another_and_no_training_image(subset):
+    g = torch.Generator().manual_seed(0)
+    attractor = torch.randint(0, 256, (1, 16, 16, 3), generator=g, dtype=torch.uint8)
+    near = (attractor.int() + torch.randint(-4, 5, (6, 16, 16, 3), generator=g)).clamp(0, 255)
+    images = torch.cat([near.to(torch.uint8), subset.train[:2], subset.train[:2]])
+    assert measure.near_samples(measure.Context(images, subset))["near_samples"] == 0.6
+
+
+def test_replaced_by_the_nearest_training_image(subset):
+    c = measure.Context(subset.heldout[:40], subset)
+    row = measure.replaced(c)
+    nearest = measure.pixel_features(subset.train[c.nearest])
+    held = measure.pixel_features(subset.heldout[:40])
+    assert row == {"fid_pixels_replaced": measure.fid(nearest, held),
+                   "kid_pixels_replaced": measure.kid(nearest, held)[0],
+                   "sw_pixels_replaced": sw(nearest, held)}
 
 
 # --- SSCD, planted copies, twins, the floor -------------------------------------------------------
 
 
-def test_similarity_counts_what_is_above_the_threshold():
-    train_features = torch.eye(4)[:2]
+def test_similarity_counts_what_is_above_the_threshold(subset):
     angles = torch.tensor([0.0, 0.9, 0.95, 3.0])           # cosines 1, .62, .58, -.99 to the first
     samples = torch.stack([angles.cos(), 0 * angles, angles.sin(), 0 * angles], 1)
-    row = measure.similarity_row(samples, train_features, torch.eye(4)[2:])
-    assert row["sscd_ratio"] == 0.5 and row["null_sscd_ratio"] == 0
-    assert row["sscd_low"] < 0.5 < row["sscd_high"]
+    c = measure.Context(subset.train[:4], subset)
+    assert measure.similarity(c) == {}
+    subset.sscd = measure.Space("sscd", lambda images: samples)
+    subset.references["sscd"] = torch.eye(4)[:2]
+    row = measure.similarity(c)
+    assert row["sscd_ratio"] == 0.5 and row["sscd_low"] < 0.5 < row["sscd_high"]
 
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
-    """A TorchScript module in SSCD's place: the picture in 8 x 8, as a vector."""
-    class Small(torch.nn.Module):
-        def forward(self, x):
-            x = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)
-            return x - x.mean(1, keepdim=True)
+    """A TorchScript module in SSCD's place."""
     path = tmp_path_factory.mktemp("sscd") / "small.torchscript.pt"
-    torch.jit.trace(Small(), torch.zeros(1, 3, 288, 288)).save(str(path))
+    torch.jit.trace(Small(), torch.zeros(1, 3, 32, 32)).save(str(path))
     return path
 
 
-def test_sscd_and_planted_copies_on_a_run(tiny_run, tmp_path, stand_in, refused, monkeypatch):
-    run = tmp_path / "r"
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_run, run)
+def test_sscd_and_planted_copies_on_a_run(run, tmp_path, stand_in, refused, monkeypatch, capsys):
     refused(measure.main, [run, "--sscd", "none.pt"], "--sscd none.pt")
     (tmp_path / "bad.pt").write_bytes(b"nothing")
-    refused(measure.main, [run, "--sscd", tmp_path / "bad.pt"], "bad.pt", "TorchScript")
-    images, labels, settings = sample.read_samples(run / "samples/0000016.npz")
-    images[:] = train.load_data("toy", 8, 8).train_images[0]
-    sample.write_samples(run, "0000016", images, labels, settings)
+    refused(measure.main, [run, "--sscd", tmp_path / "bad.pt"], "bad.pt", "damaged")
+    refused(measure.main, [run, "--sscd", export(Tuple(), tmp_path / "two.pt2")], "two.pt2",
+            "returns tuple")
+
+    def copy_one(images):
+        images[:] = train.load_data("toy", 8, 8).train_images[0]
+    change(run, 16, copy_one)
+    capsys.readouterr()
+    monkeypatch.setattr(measure, "SSCD_SIZE", 32)
     measure.main([str(run), "--sscd", str(stand_in), "--planted", "--device", "cpu"])
+    assert capsys.readouterr().out.count("TorchScript") == 1
     row = metrics(run)[-1]
     assert float(row["sscd_ratio"]) == 1 and float(row["null_sscd_ratio"]) < 1
     assert row["most_copied"] == "12" and row["distinct_copied"] == "1"
@@ -516,26 +844,30 @@ def test_twins_that_agree_and_twins_that_copy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     subsets = [measure.Subset(train.load_data("toy", 32, 8, offset), False, torch.device("cpu"))
                for offset in (0, 32)]
-    fresh = torch.from_numpy(train.load_data("toy", 2, 8).test_images[:32])
-    agree = measure.twin_row(fresh, fresh.clone(), *subsets)
+    fresh = torch.from_numpy(train.load_data("toy", 2, 8).heldout_images[:32])
+
+    def row(*images):
+        return measure.twin_row(*map(measure.Context, images, subsets))
+    agree = row(fresh, fresh.clone())
     assert agree["agreement"] == 1 and agree["twin_rms"] == 0 and agree["nearest_train_rms"] > 0.05
-    copy = measure.twin_row(subsets[0].train, subsets[1].train, *subsets)
+    assert agree["null_agreement"] < 0.7 and agree["copy_ratio"] == 0
+    copy = row(subsets[0].train, subsets[1].train)
     assert copy["agreement"] == 0 and copy["nearest_train_rms"] == 0 and copy["twin_rms"] > 0.1
+    grey = torch.full((32, 8, 8, 3), 127, dtype=torch.uint8)        # both nets draw the same mush
+    mush = row(grey, grey)
+    assert mush["agreement"] == mush["null_agreement"] == 1
 
 
-def test_twin_command(tiny_run, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_twin_command(run, tmp_path, refused):
     twin = tmp_path / "twin"
     train.main([*TINY, "--offset", "8", "--steps", "16", "--out", str(twin)])
-    refused(measure.main, [tiny_run, "--twin", twin], "no step has samples")
+    refused(measure.main, [run, "--twin", twin], "no step has samples")
     sample.main([str(twin), "--num", "12", "--sampling-steps", "5", "--device", "cpu"])
-    run = tmp_path / "r"
-    shutil.copytree(tiny_run, run)
     measure.main([str(run), "--twin", str(twin), "--device", "cpu"])
     rows = metrics(run, "twin_twin.csv")
     assert [r["step"] for r in rows] == ["4", "6", "8", "11", "16"]
     assert all(0 <= float(r["agreement"]) <= 1 and float(r["twin_rms"]) >= 0 for r in rows)
-    refused(measure.main, [run, "--twin", tiny_run], "share 8 images", "--offset 8")
+    refused(measure.main, [run, "--twin", run], "share 8 images", "--offset 8")
 
 
 def test_floor_is_below_every_network_and_zero_at_low_noise(tiny_run):
@@ -556,11 +888,12 @@ def test_floor_of_two_images_by_integration(name):
     got = measure.loss_floor(process, images, None, 50_000)
     v = train.to_float(images)[0].double()
     g = np.random.default_rng(0)
-    u = (np.arange(5000) + 0.5) / 5000
-    a, s = (x.double().numpy() for x in process.a_s(process.snap(torch.from_numpy(u))))
+    t = process.snap(torch.from_numpy((np.arange(5000) + 0.5) / 5000))
+    a, s, c, d = (torch.as_tensor(x).double().expand_as(t).numpy()
+                  for x in process.coefficients(t, t))
     norm = float(v.square().sum())
     z = g.standard_normal((400, 5000))
     argument = a * (a * norm + s * math.sqrt(norm) * z) / s**2
-    loss = (process.c - process.d * a / s) ** 2 * norm / 48 * (1 - np.tanh(argument) ** 2)
+    loss = (c - d * a / s) ** 2 * norm / 48 * (1 - np.tanh(argument) ** 2)
     expected = loss.mean(0).reshape(10, 500).mean(1)
     np.testing.assert_allclose(got, expected, rtol=0.1, atol=5e-4)

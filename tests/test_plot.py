@@ -1,183 +1,287 @@
-"""plot.py: onsets, fits and claims on made-up runs whose answers are known; every figure is
-written.
-"""
+"""plot.py: what is drawn for made-up runs whose answers are known, and for a real one."""
 
 import csv
 import importlib
 import json
 import math
-import subprocess
-import sys
 
+import matplotlib as mpl
 import numpy as np
 import pytest
-from conftest import ROOT
+from PIL import Image
 
 import plot
 
-STEPS = np.round(64 * 2 ** (np.arange(25) / 2))
+STEPS = np.array([64, 128, 256, 512, 1024, 2048, 4096])
+LEVELS = range(10)
 
 
-def write_csv(path, columns):
+def write_csv(path, rows):
     with open(path, "w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(columns)
-        out.writerows(zip(*columns.values(), strict=True))
+        out = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        out.writeheader()
+        out.writerows(rows)
 
 
-def made_up(root, onset, n=16, width=32, batch=16, lr=1e-3, seed=0, best=1.0):
-    """A run whose held-out loss is lowest at `onset`, whose copy ratio is 1/2 at 8 onset."""
-    run = root / f"N{n}_w{width}_B{batch}_lr{lr}_s{seed}"
+def made_up(root, n=16, seed=0, **options):
+    """A run whose held-out loss is lowest at step 16 n; half of its samples are copies at 64 n."""
+    run = root / "_".join([f"N{n}_s{seed}", *map(str, options.values())])
     (run / "neighbours").mkdir(parents=True)
-    options = {"n": n, "width": width, "batch": batch, "lr": lr, "seed": seed,
-               "data": "toy", "steps": 1}
-    (run / "args.json").write_text(json.dumps({"options": options, "parameters": width**2}))
-    x = np.log(STEPS / onset)
-    loss = {"step": STEPS, "train_loss": 0.1 * np.exp(-0.1 * x), "heldout_loss": 0.1 + 0.01 * x**2}
-    for k in range(10):
-        loss |= {f"train_loss_level{k}": loss["train_loss"],
-                 f"heldout_loss_level{k}": loss["heldout_loss"]}
-    write_csv(run / "log.csv", loss)
-    copies = 1 / (1 + (STEPS / (8 * onset)) ** -2.0)
-    distance = best * (1 + (x - 1) ** 2 / (1 + 0.03 * (x - 1) ** 4))      # falls, rises, falls
-    columns = {"step": STEPS, "copy_ratio": copies, "null_copy_ratio": 0 * STEPS}
-    for name in ("fid", "sw"):
-        columns |= {f"{name}_pixels_{s}": distance for s in ("train", "heldout")}
-    write_csv(run / "metrics.csv", columns)
-    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
-    for step, share in zip(STEPS, copies, strict=True):
-        ratios = np.where(np.arange(200) < 200 * share, 0.1, 0.9)
-        np.savez(run / f"neighbours/{int(step):07d}.npz", samples=images, nearest=images,
-                 ratios=ratios)
+    options = {"n": n, "seed": seed, "data": "toy"} | options
+    (run / "args.json").write_text(json.dumps({"options": options, "parameters": 1}))
+    x, copies = np.log(STEPS / (16 * n)), 1 / (1 + (STEPS / (64 * n)) ** -2.0)
+    log = [{"step": s, "train_loss": 0.1 * math.exp(-v), "heldout_loss": 0.1 + 0.02 * v**2} for s, v
+           in zip(STEPS, x, strict=True)]
+    for row in log:
+        row |= {f"{split}_level{k}": row[split] for split in ("train_loss", "heldout_loss")
+                for k in LEVELS}
+    write_csv(run / "log.csv", log)
+    metrics = [{"set": "", "step": s, "copy_ratio": c, "copy_low": c / 2, "copy_high": (1 + c) / 2,
+                "null_copy_ratio": 0.0, "auth_share": 1 - c, "sharpness": 0.02 + 0.01 * c}
+               | {f"{name}_pixels_{split}": 1 + v**2 for name in ("fid", "sw")
+                  for split in ("train", "heldout", "replaced")} | {"sw_error_pixels_train": 0.1}
+               | {f"floor_level{k}": 0.01 for k in LEVELS}
+               for s, v, c in zip(STEPS, x, copies, strict=True)]
+    write_csv(run / "metrics.csv", metrics)
+    write_csv(run / "controls.csv", [
+        {"name": name, "copy_ratio": c, "auth_share": 1 - c, "sharpness": 0.02 + 0.01 * c,
+         "fid_pixels_heldout": 1.5, "sw_pixels_train": value}
+        for name, c, value in (("heldout", 0.0, 2.0), ("training", 1.0, 0.5))])
+    generator = np.random.default_rng(0)
+    for step, share in [*zip(STEPS, copies, strict=True), ("heldout", 0), ("exact", 1)]:
+        images = generator.integers(0, 256, (12, 8, 8, 1), np.uint8)
+        name = step if isinstance(step, str) else f"{step:07d}"
+        np.savez(run / f"neighbours/{name}.npz", samples=images, nearest=images,
+                 ratios=np.where(np.arange(12) < 12 * share, 0.1, 0.9))
+    return run
+
+
+def add_tables(run):
+    """The tables of a run that not every run has."""
+    write_csv(run / "denoisers.csv", [
+        {"set": "", "step": s, "level": k, "inputs": inputs, "reference": name, "low": 1, "high": 9,
+         "median": 1 + (k - step) * (name == "memorizer") * (inputs == "path") + 0.1 * j}
+        for step, s in enumerate(STEPS) for k in LEVELS for j, name in enumerate(plot.REFERENCES)
+        for inputs in ("path", "heldout", "training")])
+    write_csv(run / "spectrum.csv", [
+        {"set": "", "name": name, "step": step} | {f"power_{k}": power for k in range(5)}
+        for name, step, power in [*(("", s, 2.0) for s in STEPS), ("heldout", "", 3.0),
+                                  ("training", "", 4.0)]])
+    write_csv(run / "twin_other.csv", [
+        {"step": s, "agreement": 0.5, "agreement_low": 0.4, "agreement_high": 0.6,
+         "null_agreement": 0.2, "twin_rms": 0.1, "nearest_train_rms": 0.3,
+         "twin_nearest_train_rms": 0.4, "copy_ratio": 0.1} for s in STEPS])
+    write_csv(run / "planted.csv", [{"planted": name, "copy_ratio": c, "not_authentic": 1.0} for
+                                    name, c in (("exact", 1.0), ("mirrored", 0.25))])
+
+
+@pytest.fixture(autouse=True)
+def coarse():
+    """Pictures of few pixels, to save time."""
+    with mpl.rc_context({"savefig.dpi": 30}):
+        yield
+
+
+@pytest.fixture
+def run(tmp_path):
+    add_tables(made_up(tmp_path))
+    ((run,),) = plot.find_runs(tmp_path).values()
     return run
 
 
 @pytest.fixture
-def study(tmp_path):
-    """Sweeps of all four factors, onset proportional to N, 1/width, 1/B and lr^-0.5; two seeds."""
-    for seed in (0, 1):
-        for n, best in ((16, 3.0), (32, 2.0), (64, 1.0)):
-            made_up(tmp_path, 10 * n, n=n, seed=seed, best=best)
-        for width, best in ((8, 5.0), (16, 4.0)):
-            made_up(tmp_path, 160 * 32 / width, width=width, seed=seed, best=best)
-        for batch, best in ((8, 2.0), (32, 4.0)):
-            made_up(tmp_path, 160 * 16 / batch, batch=batch, seed=seed, best=best)
-        for lr, best in ((2.5e-4, 4.0), (4e-3, 2.0)):
-            made_up(tmp_path, 160 * (lr / 1e-3) ** -0.5, lr=lr, seed=seed, best=best)
-    return tmp_path
+def drawn(monkeypatch):
+    """A list that receives (figure, title) of all that is drawn, in place of files."""
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, path, title: figures.append((figure, title)))
+    yield figures
+    for figure, _ in figures:
+        plot.plt.close(figure)
 
 
-def test_onsets_rate_and_best_fidelity_of_a_known_run(tmp_path):
-    run = plot.Run(made_up(tmp_path, 300.0))
-    onset = plot.taus(run)
-    assert onset["heldout_min"] == pytest.approx(300, rel=1e-6)     # a parabola in log step
-    assert onset["heldout_25"] == pytest.approx(300 * math.exp(math.sqrt(2.5)), rel=0.01)
-    assert onset["copy_50"] == pytest.approx(2400, rel=0.01)
-    assert onset["copy_10"] == pytest.approx(2400 / 3, rel=0.02)
-    # the logistic's slope is at most 1/2 a unit of ln(step): .347 a doubling
-    assert 0.2 < plot.memorization_rate(run) < 0.347
-    value, step = plot.best_fidelity(run)
-    assert step <= onset["copy_01"] < STEPS[-1] and value >= 1
+def titled(figure, text):
+    """The panel of a figure with this title."""
+    (axis,) = [axis for axis in figure.axes if axis.get_title() == text]
+    return axis
 
 
-def test_intervals_hold_the_onset_and_narrow_with_its_slope(tmp_path):
-    run = plot.Run(made_up(tmp_path, 300.0))
-    onset, intervals = plot.taus(run), plot.tau_intervals(run)
-    assert set(intervals) == set(plot.TAUS)
-    for name, (low, high) in intervals.items():
-        assert low < onset[name] < high
-    assert 1.1 < intervals["copy_10"][1] / intervals["copy_10"][0] < 3
-    assert intervals["heldout_min"] == (STEPS[3], STEPS[5])     # 181 and 362 around 256
+def labels(axis):
+    """{label: line} of a panel's lines, the first of each."""
+    lines = {}
+    for line in axis.lines:
+        lines.setdefault(line.get_label(), line)
+    return lines
 
 
-def test_not_reached_is_a_value(tmp_path):
-    row = plot.summarize(plot.Run(made_up(tmp_path, 1e7)))
-    last = f">{STEPS[-1]:.0f}"
-    assert row["tau_heldout_min"] == row["tau_heldout_25"] == row["tau_copy_10"] == last
-    assert row["memorization_rate"] == "nan"
+def test_panels_show_columns_controls_errors_and_onsets(run, drawn):
+    plot.plot_run(run, None)
+    ((figure, title),) = drawn
+    assert "N16_s0" in title and "pixels" in title
+    sw = titled(figure, "sliced Wasserstein")
+    assert (labels(sw)["train"].get_ydata() == run.metrics["sw_pixels_train"]).all()
+    assert labels(sw)["held-out"].get_linestyle() == "--"
+    ends = [labels(sw)[text].get_ydata()[0] for _, text in plot.CONTROLS.values()]
+    assert ends == [2.0, 0.5]
+    band = sw.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(run.metrics["sw_pixels_train"].max() + 0.2)
+    copies = titled(figure, "copy ratio (d1/d2 < 1/3)")
+    assert labels(copies)["null"].get_linestyle() == ":"
+    assert labels(copies)["copy ratio .01"].get_xdata()[0] == run.onsets["copy_01"]
+    del run.metrics["fid_pixels_train"], run.metrics["fid_pixels_heldout"]
+    run.controls = {}
+    plot.plot_run(run, None)
+    assert [text.get_text() for text in titled(drawn[1][0], "FID").texts] == ["not measured"]
 
 
-def test_crossing_interpolates_in_log_step():
-    steps, values = np.array([100.0, 400.0, 1600.0]), np.array([0.0, 0.2, 0.1])
-    assert plot.crossing(steps, values, 0.1) == pytest.approx(200)
-    assert plot.crossing(steps, values, 0.3) == math.inf
-    assert plot.crossing(steps, values, 0.0) == 100
+def test_a_new_metric_is_one_line(run, drawn, monkeypatch):
+    run.metrics["pose"] = np.arange(7.0)
+    monkeypatch.setitem(plot.PANELS, "pose", ("pose", "linear", "pose"))
+    run.controls["heldout"]["pose"], run.controls["training"]["pose"] = 0.0, 6.0
+    plot.plot_metrics(run, None)
+    plot.plot_copier(run, None)
+    assert (titled(drawn[0][0], "pose").lines[0].get_ydata() == np.arange(7)).all()
+    assert "recall" not in [axis.get_title() for axis in drawn[0][0].axes]      # not measured
+    names = [text.get_text() for text in drawn[1][0].axes[0].get_yticklabels()]
+    assert "pose" in names and "FID to held-out" not in names       # whose two controls are equal
 
 
-def test_power_law_and_its_error():
-    x = np.array([1.0, 2, 4, 8])
-    assert plot.power_law(np.stack([x, 5 * x**1.5], 1)) == \
-        pytest.approx((1.5, math.log(5), 0), abs=1e-9)
-    slope, _, error = plot.power_law(np.stack([x, x * np.array([1, 1.1, 0.9, 1])], 1))
-    assert abs(slope - 1) < 3 * error
-    assert plot.power_law(np.array([[2.0, 3], [2, 4]])) is None
+def test_copier_map_goes_from_one_control_to_the_other(run, drawn):
+    plot.plot_copier(run, None)
+    axis = drawn[0][0].axes[0]
+    names = [text.get_text() for text in axis.get_yticklabels()]
+    cells = axis.images[0].get_array()
+    for name in ("copy ratio (d1/d2 < 1/3)", "authentic share (AuthPct)",
+                 "sharpness (gradient energy)"):
+        assert [*cells[names.index(name)]] == pytest.approx([*run.metrics["copy_ratio"]])
 
 
-@pytest.mark.parametrize(("values", "answer"), [
-    ([10, 5, 8, 4], True), ([10, 5, 4, 3], False), ([10, 5, 8, 9], False), ([3, 5, 4], False)])
-def test_double_descent(values, answer):
-    assert plot.is_double_descent(np.array(values, float)) is answer
+def test_levels_show_the_floor_and_where_the_loss_turns(run, drawn):
+    plot.plot_levels(run, None)
+    for axis in drawn[0][0].axes:
+        assert axis.get_ylim()[0] < 0 < labels(axis)["perfect memorizer"].get_ydata()[0] == 0.01
+        assert labels(axis)["held-out loss turns"].get_xdata()[0] == pytest.approx(256)
 
 
-def test_claims_of_a_study_with_known_answers(study):
-    (runs,) = plot.find_runs(study).values()
-    found = plot.sweeps(runs)
-    assert {f: sorted(g) for f, g in found.items()} == {
-        "n": [16, 32, 64], "width": [8, 16, 32], "batch": [8, 16, 32], "lr": [2.5e-4, 1e-3, 4e-3]}
-    assert all(len(runs) == 2 for group in found.values() for runs in group.values())
-    rows = {row[0]: row for row in plot.claims(runs, found)}
-    verdicts = {number: row[3] for number, row in rows.items()}
-    assert "lowest: 1.00 ± 0.0" in rows["3a"][2] and "lowest: -1.00" in rows["5a"][2]
-    assert verdicts == {"1": "supported", "2": "supported", "3a": "supported",
-                        "3b": "not supported", "3c": "supported", "4a": "supported",
-                        "4b": "supported", "5a": "supported", "5b": "supported", "5c": "supported",
-                        "6a": "supported", "6b": "supported", "7": verdicts["7"]}
-    assert "of 18 runs" in rows["7"][2]
+def test_the_map_of_denoisers_names_the_nearest(run, drawn):
+    plot.plot_denoisers(run, None)
+    path, held = (titled(drawn[0][0], f"nearest reference on {name}").images[0].get_array()
+                  for name in ("its own sampling path", "noised held-out images"))
+    names = list(plot.REFERENCES)
+    for level in LEVELS:
+        for step in range(len(STEPS)):
+            nearest = "memorizer" if level < step else "gaussian"
+            assert names[path[level, step]] == nearest, (level, step)
+    assert (held == 0).all()
+
+
+def with_hump(run):
+    """The same run, but its sliced Wasserstein distance rises to a hump at step 512."""
+    run.metrics["sw_pixels_heldout"] = np.array([2.0, 1, 2, 4, 3, 2, 1.5])
+    return run
+
+
+def test_the_spectrum_is_relative_to_the_training_images(run, drawn):
+    plot.plot_hump(run, None)
+    lines = labels(titled(drawn[0][0], "power over training images'"))
+    power = {text.split(":")[0]: line.get_ydata() for text, line in lines.items()}
+    assert (power["held-out images"] == 0.75).all()
+    assert set(power) >= {"best", "end"} and "hump" not in power     # SW falls, then only rises
+    assert (power["best"] == 0.5).all()
+    plot.plot_hump(with_hump(run), None)
+    assert "hump: step 512" in labels(titled(drawn[1][0], "power over training images'"))
+
+
+def test_copies_have_a_red_frame_and_their_ratio(run, drawn):
+    plot.plot_samples(run, None, steps=5)
+    axis = drawn[0][0].axes[0]
+    files = plot.pick(run, 5)
+    copies = sum((plot.read_neighbours(file, "ratios")[:10] < 1 / 3).sum() for file in files)
+    assert 0 < copies < 50
+    assert sum(patch.get_linewidth() > 0 for patch in axis.patches) == copies
+    assert [t.get_text() for t in axis.texts].count("0.10") == copies
+
+
+def test_pictures_are_picked_from_both_phases(run):
+    steps = [int(file.stem) for file in plot.pick(run, 4)]
+    assert steps[0] == 64 and steps[-1] == 4096 and len(steps) == 4
+    assert 64 < steps[1] < 1024 <= steps[2] < 4096      # copies are half of the samples at 1,024
+    assert [int(file.stem) for file in plot.pick(run, 100)] == STEPS.tolist()
+
+
+def test_the_film_is_short_and_holds_its_end(run, tmp_path):
+    plot.plot_film(run, tmp_path / "film.gif", frames=3)
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.size == (672, 336)
+        durations = [film.seek(k) or film.info["duration"] for k in range(film.n_frames)]
+    assert durations == [500, 500, 2500]
+    assert (tmp_path / "film.gif").stat().st_size < 500_000
+
+
+def test_a_sweep_of_words_zeros_and_seeds(tmp_path, drawn):
+    for process in ("ddpm", "flow"):
+        for seed in (0, 1):
+            made_up(tmp_path, seed=seed, process=process)
+    made_up(tmp_path, process="flow", dropout=0.0)
+    made_up(tmp_path, process="flow", dropout=0.1)
+    (runs,) = plot.find_runs(tmp_path).values()
+    for factor, groups in plot.sweeps(runs).items():
+        plot.plot_sweep(factor, groups, None)
+        plot.plot_onset(factor, groups, None, runs)
+        assert len(drawn[-2][0].axes) == 4
+        text = [label for axis in drawn[-2][0].axes for label in labels(axis)]
+        assert set(text) >= {plot.label_of(factor, value) for value in groups}
+        ticks = [tick.get_text() for tick in drawn[-1][0].axes[0].get_xticklabels()]
+        assert ticks == [plot.label_of(factor, value).split(" = ")[1] for value in groups]
+    assert {"process", "dropout"} <= set(plot.sweeps(runs))
+
+
+def test_sweeps_are_also_drawn_in_normalised_time_and_over_the_study(tmp_path, drawn):
+    for n in (16, 32):
+        made_up(tmp_path, n=n)
+    (runs,) = plot.find_runs(tmp_path).values()
+    ((factor, groups),) = plot.sweeps(runs).items()
+    plot.plot_sweep(factor, groups, None, plot.sweeps(plot.study_runs())["n"])
+    figure, title = drawn[0]
+    assert title == "training images N"
+    below = [axis for axis in figure.axes if axis.get_xlabel() == "T = step x N_min / N"]
+    assert len(below) == 4
+    halved = labels(below[0])["N = 32"].get_xdata()
+    assert halved == pytest.approx(STEPS / 2)
+    assert len(figure.axes) == 16                       # a panel of the study's behind each
+    assert sum("study" in text for axis in figure.axes for text in labels(axis)) == 8
 
 
 def test_everything_is_drawn(tmp_path):
-    for n, width in ((16, 8), (32, 8), (16, 16)):
-        made_up(tmp_path, 10 * n, n=n, width=width)
+    add_tables(made_up(tmp_path))
+    made_up(tmp_path, seed=1)
+    made_up(tmp_path, n=32)
     plot.main([str(tmp_path)])
-    figures = tmp_path / "figures"
-    names = {p.name for p in figures.iterdir()}
-    for factor in ("n", "width"):
-        assert {f"sweep_{factor}.png", f"tau_{factor}.png", f"novelty_{factor}.png"} <= names
-    for run in tmp_path.glob("N*"):
-        assert {f"{kind}_{run.name}.png"
-                for kind in ("run", "samples", "levels", "ratios")} <= names
-    assert all(p.read_bytes()[1:4] == b"PNG" for p in figures.glob("*.png"))
-    with open(figures / "summary.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 3 and rows[0]["tau_copy_50"]
-    assert "| 1 | " in (figures / "claims.md").read_text()
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {f"{kind}_N16_s0.png" for kind in ("run", "metrics", "levels", "samples", "ratios",
+                                              "denoisers", "hump", "copier", "planted")} <= names
+    assert {"film_N16_s0.gif", "twins_N16_s0_other.png", "film_N32_s0.gif"} <= names
+    assert {name for name in names if "N16_s1" in name} == {"run_N16_s1.png"}   # a second seed
+    assert {"sweep_n.png", "onset_n.png"} <= names
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    made_up(tmp_path, tag="$x_{2$" + "y" * 80)
+    ((run,),) = plot.find_runs(tmp_path).values()
+    plot.plot_run(run, tmp_path / "run.png")
+    assert plot.words("$x$" + "y" * 80) == r"\$x\$" + "y" * 26 + "…" + "y" * 29
+
+
+def test_damaged_neighbours_are_named(run):
+    (run.path / "neighbours/0000256.npz").write_bytes(b"PK")
+    with pytest.raises(plot.PlotError, match=r"0000256.npz: damaged"):
+        plot.plot_samples(run, None)
 
 
 def test_a_real_run_is_drawn(tiny_run):
     plot.main([str(tiny_run)])
-    assert (tiny_run / "figures/claims.md").exists()
-    assert len(list((tiny_run / "figures").glob("*.png"))) == 4
-
-
-def test_other_configurations_are_kept_apart(study):
-    run = made_up(study, 100.0, n=128)
-    record = json.loads((run / "args.json").read_text())
-    record["options"]["data"] = "cifar10"
-    (run / "args.json").write_text(json.dumps(record))
-    assert sorted(len(runs) for runs in plot.find_runs(study).values()) == [1, 18]
-
-
-def test_bad_input(tmp_path, refused):
-    refused(plot.main, [tmp_path / "none"], "none", "no such folder")
-    refused(plot.main, [tmp_path], "no run")
-    (tmp_path / "r").mkdir()
-    (tmp_path / "r/args.json").write_text("{")
-    refused(plot.main, [tmp_path / "r"], "args.json", "damaged")
-
-
-def test_plot_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import plot"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    kinds = {path.name.split("_")[0] for path in (tiny_run / "figures").iterdir()}
+    assert {"run", "metrics", "levels", "samples", "ratios", "film"} <= kinds
 
 
 @pytest.mark.parametrize("name", ["train", "sample", "measure", "plot"])

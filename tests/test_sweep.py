@@ -1,78 +1,331 @@
-"""sweep.sh, end to end on tiny settings: plan, run, skip, continue, fail, refuse."""
+"""sweep.sh: plan, run, skip, continue, fail, refuse.
+
+What Python decides (the grid, the state of a run) is tested on tiny runs; what the shell does (take
+runs, end them, continue) mostly on scripts that do nothing but write files, since they start fast.
+BASH32=/path/to/bash runs all of it with another bash; macOS has version 3.2.
+"""
 
 import contextlib
 import csv
 import fcntl
+import io
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+SHELL = os.environ.get("BASH32", "bash")
 TINY = {"N": "4 6", "WIDTH": "8", "BATCH": "4", "LR": "1e-3", "IMAGES": "48", "GPUS": "cpu cpu",
-        "TRAIN": "--embed 16 --eval-images 10 --first-eval 4",
-        "SAMPLE": "--num 6 --sampling-steps 3", "PYTHON": sys.executable}
+        "TRAIN": "--embed 16 --eval-images 10 --first-eval 4", "PYTHON": sys.executable,
+        "SAMPLE": "--num 6 --sampling-steps 3"}
+ONE, OTHER = "N4_w8_B4_lr1e-3_s0", "N6_w8_B4_lr1e-3_s0"
 
 
-def sweep(out, *arguments, code=0, **change):
+def sweep(out, *arguments, code=0, script=ROOT / "sweep.sh", cwd=None, **change):
     """Run sweep.sh; returns its output."""
     env = {**os.environ, **TINY, "OUT": str(out), **change}
-    done = subprocess.run([str(ROOT / "sweep.sh"), *arguments], env=env, text=True, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    done = subprocess.run([SHELL, str(script), *arguments], env=env, text=True, check=False,
+                          cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           stdin=subprocess.DEVNULL)
     assert done.returncode == code, done.stdout
     return done.stdout
 
 
-def names(grid, **change):
-    """The runs of a grid with its own lists."""
-    own = dict.fromkeys(("N", "WIDTH", "BATCH", "LR", "IMAGES", "TRAIN", "SAMPLE", "MEASURE"), "")
-    return sweep("none", grid, "--list", **{**own, **change}).split()
+# --- With scripts that only write files -----------------------------------------------------------
+
+FAKE = {"train.py": """
+    import os, sys, time
+    from pathlib import Path
+    out = Path(sys.argv[sys.argv.index("--out") + 1])
+    (out / "snapshots").mkdir(parents=True, exist_ok=True)
+    for name in ("snapshots/0000004.pt", "snapshots/0000012.pt", "last.pt", "args.json"):
+        (out / name).touch()
+    print(*sys.argv, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS"))
+    time.sleep(float(os.environ.get("SECONDS_EACH", "0")))
+    """, "sample.py": """
+    import os, sys
+    if sys.argv[1].endswith(os.environ.get("FAILS", "none")):
+        sys.exit("error: a reason")
+    """, "measure.py": """
+    import os, sys
+    from pathlib import Path
+    if sys.argv[1] != "--sweep":
+        (Path(sys.argv[1]) / "done").touch()
+        sys.exit()
+    text = sys.stdin.read()
+    Path(sys.argv[0]).with_name("asked").write_text(text)
+    lists = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    for n in lists["--n"]:
+        run = Path(sys.argv[2], f"N{n}")
+        state = os.environ.get("STATE") if run.name == "N4" else None
+        state = state or ("done" if (run / "done").exists() else "not started")
+        if lists["ONLY"] in ([], [run.name]):
+            print(run.name, state, "-", "-", "?", "?", "?", "--n", n, sep="\\t")
+    """, "plot.py": ""}
 
 
-def test_the_grids():
-    for grid, runs in (("toy", 10), ("cifar10", 14), ("paper", 14), ("full", 320)):
-        found = names(grid)
-        assert len(set(found)) == len(found) == runs
-    assert "N2048_w128_B16_lr1e-4_s0" in found and "N16384_w192_B128_lr4e-4_s0" in found
-    assert found[0].startswith("N") and "_w192_B16_" in found[0]        # the longest first
-    assert len(names("cifar10", SEEDS="0 1 2")) == 42
-    assert len(names("custom", N="8 16", WIDTH="8 16", BATCH="4", LR="1e-3")) == 3
-    assert len(names("custom", N="8 16", WIDTH="8 16", BATCH="4", LR="1e-3", DESIGN="full")) == 4
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    """A sweep.sh whose scripts take no time, to be given as sweep(..., script=fake)."""
+    home = tmp_path_factory.mktemp("fake")
+    shutil.copy(ROOT / "sweep.sh", home)
+    for name, text in FAKE.items():
+        (home / name).write_text(textwrap.dedent(text))
+    return home / "sweep.sh"
 
 
-def test_the_plan_times_what_never_ran(tmp_path):
-    text = sweep(tmp_path / "none", "toy", "--dry-run")
-    assert text.count("not started") == 2 and "--time" in text
-    text = sweep(tmp_path / "none", "toy", "--dry-run", "--time")
-    assert "timing N4" in text and "?" not in text.split("timing", 1)[1] and "sampling left" in text
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.pt"))
+
+
+def test_a_failure_is_named_the_others_go_on_and_mended_it_continues(fake, tmp_path):
+    text = sweep(tmp_path, "toy", script=fake, code=1, FAILS="N4", N="4 6 8", KEEP="last")
+    assert "3 runs in" in text and "done   N6" in text and "done   N8" in text
+    assert "FAILED N4, see" in text and "    error: a reason" in text and "1 of 3 runs" in text
+    text = sweep(tmp_path, "toy", script=fake, N="4 6 8")
+    assert "1 to do" in text and text.count("start") == 1 and "done   N4" in text
+    assert not list(tmp_path.glob(".claims*"))
+
+
+def test_weights_of_anything_but_a_done_run_stay(fake, tmp_path):
+    sweep(tmp_path, "toy", script=fake)
+    sweep(tmp_path, "toy", script=fake, KEEP="last")
+    assert files(tmp_path / "N4") == ["last.pt", "snapshots/0000012.pt"]
+    before = files(tmp_path)
+    text = sweep(tmp_path, "toy", script=fake, code=2, KEEP="none", STATE="another run: lr")
+    assert "N4: holds another run: lr" in text and "another OUT" in text
+    assert files(tmp_path) == before
+    sweep(tmp_path, "toy", "--only", "N6", script=fake, KEEP="none")
+    assert files(tmp_path) == ["N4/last.pt", "N4/snapshots/0000012.pt"]
+
+
+def test_bad_arguments_are_named(fake, tmp_path):
+    def refused(*arguments, word, **change):
+        assert word in sweep(tmp_path / "none", *arguments, script=fake, code=2, **change)
+    refused("huge", word="unknown grid")
+    refused(word="usage")
+    refused("toy", "--wet-run", word="--wet-run: unknown option")
+    refused("toy", "--only", word="takes the name of one run")
+    refused("toy", KEEP="some", word="KEEP=some")
+    refused("toy", IMAGES="08", word="IMAGES=08")
+    refused("toy", IMAGES="10 20", word="IMAGES=10 20")
+    refused("toy", PYTHON="/no/such", word="PYTHON=/no/such")
+    refused("toy", SLURM_ARRAY_TASK_ID="99", word="SLURM_ARRAY_TASK_ID=99: the runs are 0 to 1")
+    refused("toy", SLURM_ARRAY_TASK_ID="a[$(touch x)0]", word="SLURM_ARRAY_TASK_ID=a[")
     assert not (tmp_path / "none").exists()
 
 
-def test_bad_arguments_are_named():
-    assert "unknown grid" in sweep("none", "huge", code=2)
-    assert "usage" in sweep("none", code=2)
-    assert "--wet-run: unknown option" in sweep("none", "toy", "--wet-run", code=2)
-    assert "4k" in sweep("none", "toy", N="4k", code=2)
-    assert "LR=fast" in sweep("none", "toy", LR="fast", code=2)
-    assert "KEEP=some" in sweep("none", "toy", KEEP="some", code=2)
-    assert "no such run" in sweep("none", "toy", "--only", "N5", code=2)
-    assert not os.path.exists(ROOT / "none")
+def test_devices(fake, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+
+    def log(**change):
+        sweep(tmp_path / "runs", "custom", script=fake, GPUS="", N="4", **change)
+        text = (tmp_path / "runs/logs/N4.log").read_text()
+        shutil.rmtree(tmp_path / "runs")
+        return text
+    assert "--device cpu None" in log(PATH=path)
+    assert "--device cpu  " in log(CUDA_VISIBLE_DEVICES="")
+    assert "--device cuda 3 " in log(CUDA_VISIBLE_DEVICES="3")
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 7\n")
+    assert "--device cuda 7 " in log(PATH=path)
+
+
+def test_out_is_in_the_callers_folder(fake, tmp_path):
+    sweep("my runs", "toy", script=fake, cwd=tmp_path)
+    assert (tmp_path / "my runs/N6/done").exists()
+
+
+def test_no_text_is_evaluated(fake, tmp_path):
+    # STATE is what a damaged table says, see FAKE
+    for name in ("N", "IMAGES", "SAMPLE", "TRAIN", "VARY", "GPUS", "STATE"):
+        text = f"--num slots[$(touch {tmp_path}/x)0] $(touch {tmp_path}/x) `touch {tmp_path}/x`"
+        for mode in ((), ("--dry-run",), ("--status",)):
+            env = {**os.environ, **TINY, "OUT": str(tmp_path / "runs"), name: text}
+            subprocess.run([SHELL, str(fake), "toy", *mode], env=env, check=False,
+                           capture_output=True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_second_sweep_in_the_same_folder_is_refused(fake, tmp_path):
+    (tmp_path / "logs").mkdir()
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another sweep" in sweep(tmp_path, "toy", script=fake, code=2)
+    (tmp_path / ".claims/0").mkdir(parents=True)            # of a sweep that was killed
+    assert "done   N4" in sweep(tmp_path, "toy", script=fake)
+
+
+def processes_of(out):
+    """The ids of all processes that work for the sweep in `out`, by their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"OUT={out}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:                         # it has ended meanwhile, or is not ours
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_ends_its_children_and_says_how_to_go_on(fake, tmp_path, signum):
+    env = {**os.environ, **TINY, "OUT": str(tmp_path), "SECONDS_EACH": "60"}
+    with subprocess.Popen([SHELL, str(fake), "toy"], env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert "toy" in process.stdout.readline() and "start" in process.stdout.readline()
+        process.send_signal(signum)
+        text = process.communicate(timeout=20)[0]
+    assert process.returncode == 130 and f"continues (OUT={tmp_path})" in text
+    time.sleep(0.2)
+    assert not processes_of(tmp_path)
+
+
+def kill_all(out):
+    while left := processes_of(out):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_what_a_dead_sweep_leaves_behind_holds_the_folder_until_it_ends(fake, tmp_path):
+    env = {**os.environ, **TINY, "OUT": str(tmp_path), "SECONDS_EACH": "60"}
+    with subprocess.Popen([SHELL, str(fake), "toy"], env=env, text=True,
+                          stdout=subprocess.PIPE) as process:
+        assert "toy" in process.stdout.readline() and "start" in process.stdout.readline()
+        process.kill()
+        process.wait()
+        assert "another sweep" in sweep(tmp_path, "toy", script=fake, code=2)
+        kill_all(tmp_path)
+    assert "2 to do" in sweep(tmp_path, "toy", script=fake)
+
+
+# What macOS lacks, and options that its tools do not know, by tool; long ones none of them knows.
+ABSENT = ("flock", "nproc", "tac", "shuf", "realpath", "timeout", "numfmt", "setsid", "stdbuf")
+GNU = {"sed": "-i|-r|-z|-s", "xargs": "-d|-a", "grep": "-P|-z", "head": "-n-*|-c-*", "mktemp": "-p",
+       "sort": "-V", "date": "-d", "readlink": "-f|-e|-m", "stat": "-c", "cp": "-t", "mv": "-t",
+       "ls": "", "cat": "-A", "tail": "", "tr": "", "rm": "", "mkdir": "", "wc": "", "cut": ""}
+
+
+def test_it_runs_with_the_tools_of_macos(fake, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ABSENT:
+        (tools / name).write_text(f"#!/bin/sh\necho {name} called; exit 97\n")
+    for name, options in GNU.items():
+        (tools / name).write_text(
+            f"#!/bin/sh\nfor word; do case $word in --) break ;; --?*{options and '|' + options})\n"
+            f"echo {name} $word called >&2; exit 97;; esac; done\n"
+            f"exec {shutil.which(name)} \"$@\"\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    newer = {f"BASH_FUNC_{name}%%": f"() {{ echo {name} called; exit 97; }}"
+             for name in ("mapfile", "readarray")}
+    more = {"PATH": f"{tools}:{os.environ['PATH']}", "script": fake, **newer}
+    out = tmp_path / "runs"
+    text = sweep(out, "toy", code=1, FAILS="N4", **more) + sweep(out, "toy", KEEP="last", **more)
+    for mode in ("--dry-run", "--status", "--list"):
+        text += sweep(out, "toy", mode, **more)
+    text += sweep(out, "-h", **more)
+    assert "called" not in text and "done   N4" in text and "SEEDS" in text
+
+
+def test_it_is_written_in_bash_3():
+    newer = (r"mapfile|readarray|coproc|wait -n|declare -[Agln]|local -[Agln]|\$\{\w+(,|\^)|&>>|\|&"
+             r"|;;?&|\$\{[^}]*@[A-Za-z]\}|printf [^|]*%\(|BASHPID|EPOCH(SECONDS|REALTIME)|globstar"
+             r"|\[\[ -[vR] |\$\{\w+\[@\]: -|\$\{\w+\[-|exec \{\w+\}|read [^|]*-[Ni] ")
+    text = re.sub(r"(?m)^\s*#.*$", "", (ROOT / "sweep.sh").read_text())
+    assert re.search(newer, text) is None
+    # There, "${a[@]}" of an empty array ends a script under set -u.
+    assert '"${more[@]}"' not in text.replace('${more[@]+"${more[@]}"}', "")
+
+
+# --- What Python decides --------------------------------------------------------------------------
+
+
+def grid(fake, monkeypatch, capsys, *arguments, **change):
+    """{name: words for train.py} of the rows that measure.py answers for a grid's own lists."""
+    import measure
+    own = dict.fromkeys(("N", "WIDTH", "BATCH", "LR", "IMAGES", "TRAIN", "SAMPLE", "MEASURE"), "")
+    sweep("none", *arguments, "--list", script=fake, **{**own, **change})
+    monkeypatch.setattr(sys, "stdin", io.StringIO(fake.with_name("asked").read_text()))
+    capsys.readouterr()
+    measure.sweep(["none"])
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert all(row[1] == "not started" and len(row) == 8 for row in rows)
+    return {row[0]: row[7] for row in rows}
+
+
+@pytest.fixture
+def rows(fake, monkeypatch, capsys):
+    """rows(grid, LIST=...): {name: words for train.py}."""
+    return lambda *arguments, **change: grid(fake, monkeypatch, capsys, *arguments, **change)
+
+
+def test_the_grids(rows):
+    for name, count in (("digits", 11), ("toy", 10), ("mini", 10), ("cifar10", 14), ("paper", 14),
+                        ("full", 320)):
+        found = rows(name)
+        assert len(found) == count
+    assert "N2048_w128_B16_lr1e-4_s0" in found and "N16384_w192_B128_lr4e-4_s0" in found
+    assert "_w192_B16_" in next(iter(found))           # the longest first
+    assert len(rows("cifar10", SEEDS="0 1 2")) == 42
+    mini = rows("mini")
+    assert mini["N1024_w32_B64_lr1e-3_s0"].endswith("--images 741376")
+    assert mini["N256_w32_B64_lr1e-3_s0"].endswith("--images 185344")
+    assert mini["N1024_w32_B128_lr1e-3_s0"].endswith("--images 741376")
+    lists = {"N": " 8\n16", "WIDTH": "8 16", "BATCH": "4", "LR": "1e-3"}
+    assert len(rows("custom", **lists)) == 3 and len(rows("custom", **lists, DESIGN="full")) == 4
+
+
+def test_any_option_can_vary(rows):
+    one = {"N": "8", "WIDTH": "8", "BATCH": "4", "LR": "1e-3"}
+    found = rows("custom", VARY="ema .99 .999; process ddpm flow\n--flip off on;", **one)
+    base = "N8_w8_B4_lr1e-3_s0"
+    assert set(found) == {f"{base}_ema0.99", f"{base}_ema0.999", f"{base}_flow_ema0.99",
+                          f"{base}_flip_ema0.99"}
+    assert "--flip" in found[f"{base}_flip_ema0.99"] and "--flip" not in found[f"{base}_ema0.99"]
+    assert len(rows("custom", VARY="ema .99 .999; process ddpm flow", DESIGN="full", **one)) == 4
+    found = rows("paper", VARY="conditional on off", **one)
+    assert "--conditional" in found[f"{base}_conditional"] and "--conditional" not in found[base]
+    assert "--mults 1 2 4" in rows("custom", VARY="mults 1,2 1,2,4", **one)[base]
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"N": "4k"}, "--n"), ({"BATCH": "16 08 32"}, "--batch 08"), ({"BATCH": "0"}, "--batch 0"),
+    ({"N": "16 16"}, "--n 16: is listed twice"), ({"LR": "fast"}, "--lr"),
+    ({"LR": "1e-3 .001"}, "two values of a list are the same"), ({"SEEDS": "-1"}, "--seed"),
+    ({"VARY": "flips off on"}, "--flips: unknown"), ({"VARY": "flip yes"}, "--flip yes"),
+    ({"VARY": "n 4 8"}, "--n: has two lists"), ({"VARY": "ema"}, "--ema: has no values"),
+    ({"VARY": "device cpu cuda"}, "two values"), ({"SAMPLE": "--num x[$(touch y)0]"}, "--num")])
+def test_bad_lists_are_refused_by_name(rows, capsys, change, word):
+    with pytest.raises(SystemExit) as stop:
+        rows("toy", **change)
+    assert stop.value.code == 2 and word in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def left_alone(tmp_path_factory):
     """A tiny sweep that nobody disturbed, and its output. Tests copy it before they change it."""
     out = tmp_path_factory.mktemp("sweep") / "runs"
-    return out, sweep(out, "toy")
+    return out, sweep(out, "toy", cwd=out.parent)
 
 
 def tables(out):
@@ -89,80 +342,105 @@ def tables(out):
 def test_end_to_end(left_alone):
     out, text = left_alone
     assert "2 runs in" in text and text.count("done   N") == 2
-    for name in ("N4_w8_B4_lr1e-3_s0", "N6_w8_B4_lr1e-3_s0"):
+    for name in (ONE, OTHER):
         assert tables(out)[Path(name, "metrics.csv")][-1]["step"] == "12"
         assert (out / "logs" / f"{name}.log").exists()
-        assert (out / "figures" / f"run_{name}.png").exists()
+        assert list((out / "figures").glob(f"run_{name}*.png"))
     assert (out / "figures/claims.md").exists()
-    assert "0 to do" in sweep(out, "toy", "--dry-run")
     status = sweep(out, "toy", "--status").splitlines()
     assert len(status) == 3 and all("done" in line for line in status[1:])
-    assert sweep(out, "toy", "--list").split() == ["N4_w8_B4_lr1e-3_s0", "N6_w8_B4_lr1e-3_s0"]
 
 
-def test_a_failure_is_named_the_others_go_on_and_mended_it_continues(left_alone, tmp_path):
-    out, one, other = tmp_path / "runs", "N4_w8_B4_lr1e-3_s0", "N6_w8_B4_lr1e-3_s0"
+def test_the_plan_times_what_never_ran(tmp_path):
+    text = sweep(tmp_path / "none", "toy", "--dry-run", "--time")
+    assert text.count("not started") == 2 and "?" not in text and "hours" in text
+    assert "never ran" not in text and "2 to do" in text and not (tmp_path / "none").exists()
+
+
+def state(out, name=ONE, train=(), sample=(), measure=(), images=48):
+    """The state of a run of left_alone, for these intentions."""
+    import measure as measure_py
+    import sample as sample_py
+    import train as train_py
+    base = ["--data", "toy", "--size", "8", "--mults", "1", "2", "--blocks", "1", "--width", "8",
+            "--batch", "4", "--lr", "1e-3", "--n", "4", "--images", str(images),
+            *TINY["TRAIN"].split()]
+    return measure_py.sweep_state(
+        out / name, train_py.parse([*base, *train]),
+        sample_py.parse(["", *TINY["SAMPLE"].split(), *sample]),
+        measure_py.parse(["", *measure]))[0]
+
+
+def test_done_is_only_what_was_intended(left_alone, tmp_path):
+    out = tmp_path / "runs"
     shutil.copytree(left_alone[0], out)
-    for name in (one, other):
-        (out / name / "metrics.csv").unlink()
-    samples = out / one / "samples/0000012.npz"
-    samples.write_bytes(samples.read_bytes()[:100])
-    text = sweep(out, "toy", code=1, KEEP="last")
-    assert f"FAILED {one}" in text and "0000012.npz" in text and "1 of 2 runs failed" in text
-    assert f"done   {other}" in text
-    assert [p.name for p in (out / other / "snapshots").iterdir()] == ["0000012.pt"]
-    assert (out / other / "last.pt").exists() and len(list((out / one / "snapshots").iterdir())) > 1
-    samples.unlink()
-    plan = sweep(out, "toy", "--dry-run")
-    assert "1 to do" in plan and "?" not in plan
-    sweep(out, "toy", "--only", one)
-    assert tables(out) == tables(left_alone[0])
+    assert state(out) == "done" and state(out, name="N99") == "not started"
+    assert state(out, train=["--lr", "2e-3"]) == "another run: lr"
+    assert state(out, train=["--ema", ".5"]) == "another run: ema"
+    assert state(out, train=["--data", "cifar10"]) == "another run: data"
+    assert state(out, images=32) == "another run: last step, 12"
+    assert state(out, images=96) == "training, step 12 of 24"
+    assert state(out, sample=["--eta", "1"]).startswith("sampling, 0 of")
+    assert state(out, sample=["--num", "7"]).startswith("measuring, 0 of")
+    assert state(out, sample=["--num", "5"]) == "done"
+    assert state(out, measure=["--features", "inception"]).startswith("measuring, 0 of")
+    next((out / ONE / "samples").rglob("0000004.npz")).unlink()
+    assert state(out).startswith("sampling")
+    (out / OTHER / "metrics.csv").unlink()
+    assert state(out, OTHER, train=["--n", "6"]).startswith("measuring, 0 of")
 
 
-def processes_of(out):
-    """The ids of all processes that work for the sweep in `out`, by their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"OUT={out}".encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:                         # it has ended meanwhile, or is not ours
-            continue
-    return found
+def test_a_damaged_table_is_named(left_alone, fake, tmp_path, monkeypatch, capsys):
+    import measure
+    out = tmp_path / "runs"
+    shutil.copytree(left_alone[0], out)
+    log = out / ONE / "log.csv"
+    log.write_text(re.sub(r"(?m)^12,", "slots[$(touch x)0],", log.read_text()))
+    sweep(out, "toy", "--list", script=fake)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(fake.with_name("asked").read_text()))
+    capsys.readouterr()
+    measure.sweep([str(out)])
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    states = {row[0]: row[1] for row in rows}
+    assert states[OTHER] == "done" and states[ONE].startswith("unreadable, ValueError")
+    assert "touch x" in states[ONE]
 
 
+def test_finished_runs_of_other_options_are_refused_and_their_weights_stay(left_alone, tmp_path):
+    out = tmp_path / "runs"
+    shutil.copytree(left_alone[0], out)
+    before = files(out)
+    text = sweep(out, "toy", code=2, KEEP="none", TRAIN=TINY["TRAIN"] + " --ema .5")
+    assert "holds another run: ema" in text and files(out) == before and before
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 def test_killed_at_random_moments_it_ends_with_the_same_tables(left_alone, tmp_path):
-    # KILLS=20 python -m pytest -k random_moments is for those who want to be surer
-    out, chance = tmp_path / "runs", random.Random(0)
-    rounds = [chance.choice(["all", "one"]) for _ in range(int(os.environ.get("KILLS", "2")))]
-    env = {**os.environ, **TINY, "OUT": str(out), "TRAIN": TINY["TRAIN"] + " --save-minutes 0"}
-    for whom in rounds:
-        with subprocess.Popen([str(ROOT / "sweep.sh"), "toy"], env=env, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL) as process:
+    # KILLS=20 python -m pytest -k random_moments is for those who want to be surer: of two runs
+    out, script, chance = tmp_path / "runs", tmp_path / "sweep.sh", random.Random(0)
+    shutil.copy(ROOT / "sweep.sh", script)
+    for name in ("train.py", "sample.py", "measure.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "plot.py").touch()              # it takes longer than all the rest
+    change = {"TRAIN": TINY["TRAIN"] + " --save-minutes 0",
+              "N": TINY["N"] if "KILLS" in os.environ else "6"}
+    env = {**os.environ, **TINY, **change, "OUT": str(out)}
+    for _ in range(int(os.environ.get("KILLS", "2"))):
+        whom = chance.choice(["all", "one"])
+        with subprocess.Popen([SHELL, str(script), "toy"], env=env, cwd=tmp_path,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             time.sleep(chance.uniform(1, 5))
             alive = processes_of(out)
             for pid in alive if whom == "all" else [chance.choice(alive)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.5)
-            while left := processes_of(out):    # what one dead process left behind
-                for pid in left:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                process.poll()
-    sweep(out, "toy", TRAIN=env["TRAIN"])
-    assert tables(out) == tables(left_alone[0])
-
-
-def test_terminated_it_stops_its_children_and_says_how_to_go_on(tmp_path):
-    env = {**os.environ, **TINY, "OUT": str(tmp_path)}
-    with subprocess.Popen([str(ROOT / "sweep.sh"), "toy"], env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        assert "toy" in process.stdout.readline() and "start" in process.stdout.readline()
-        process.terminate()
-        text = process.communicate(timeout=20)[0]
-    assert process.returncode == 130 and f"continues (OUT={tmp_path})" in text
-    assert not processes_of(tmp_path)
+            kill_all(out)                       # what one dead process left behind
+            process.wait()
+    sweep(out, "toy", script=script, cwd=tmp_path, **change)
+    alone = tables(left_alone[0])
+    runs = [path.parent.name for path in out.glob("*/args.json")]
+    assert tables(out) == {k: v for k, v in alone.items() if k.parts[0] in runs} and OTHER in runs
 
 
 @pytest.fixture
@@ -212,23 +490,14 @@ PartitionName=main Nodes=ALL Default=YES State=UP
     shutil.rmtree(home)
 
 
-def test_a_real_slurm_runs_a_row_of_the_grid(slurm, left_alone, tmp_path):
-    name = "N6_w8_B4_lr1e-3_s0"
+def test_a_real_slurm_runs_a_row_of_the_grid(slurm, fake, tmp_path):
     subprocess.run(["sbatch", "--array=1", f"--output={tmp_path}/task.txt", "sweep.sh", "toy"],
-                   env={**os.environ, **TINY, "OUT": str(tmp_path / "runs")}, cwd=ROOT, timeout=60,
-                   check=True, stdout=subprocess.DEVNULL)
+                   env={**os.environ, **TINY, "OUT": str(tmp_path / "runs")}, cwd=fake.parent,
+                   timeout=60, check=True, stdout=subprocess.DEVNULL)
     until, printed = time.monotonic() + 90, ""
     while "done" not in printed and "failed" not in printed and time.monotonic() < until:
         time.sleep(0.2)                         # sbatch --wait looks only every few seconds
         if (tmp_path / "task.txt").exists():
             printed = (tmp_path / "task.txt").read_text()
-    assert printed.split() == ["start", name, "done", name]
-    alone = tables(left_alone[0])
-    assert tables(tmp_path / "runs") == {k: v for k, v in alone.items() if k.parts[0] == name}
-
-
-def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path):
-    (tmp_path / "logs").mkdir()
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another sweep" in sweep(tmp_path, "toy", code=2)
+    assert printed.split() == ["start", "N6", "done", "N6"]
+    assert (tmp_path / "runs/N6/done").exists() and not (tmp_path / "runs/N4").exists()
