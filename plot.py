@@ -185,7 +185,8 @@ def read_folder(path):
     for name, rows in sets.items() if sets or not log else [("", [])]:
         settings = {k: value_of(v) for k, v in (rows or [{}])[0].items()
                     if k.startswith("setting_") and v}
-        rest["tables"] = {stem: [r for r in table if r.get("name") or r.get("set", name) == name]
+        rest["tables"] = {stem: [r for r in table if stem == "denoisers" or r.get("name")
+                                 or r.get("set", name) == name]
                           for stem, table in tables.items()}
         runs.append(Run("_".join(filter(None, (path.name, name))), options | settings, log,
                         columns_of(rows, path / "metrics.csv"), path, name, **rest))
