@@ -31,8 +31,8 @@ import sample
 import train
 
 SMALL = ["--n", "4", "--width", "4", "--mults", "1", "--blocks", "1", "--embed", "4",
-         "--batch", "2", "--conditional", "--eval-images", "10", "--first-eval", "2", "--evals-per-doubling", "1",
-         "--device", "cpu"]
+         "--batch", "2", "--conditional", "--eval-images", "10", "--first-eval", "2",
+         "--evals-per-doubling", "1", "--device", "cpu"]
 SAMPLE = ["--num", "3", "--sampling-steps", "2", "--device", "cpu"]
 FUZZ = int(os.environ.get("FUZZ", "1"))
 
