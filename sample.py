@@ -58,8 +58,8 @@ def sampling_times(process, steps):
 
     Raises InputError if there are not so many.
     """
-    if steps < 1 or (process.T and steps > process.T):
-        raise InputError(f"--sampling-steps {steps}: must be 1 to {process.T or 'any number'}")
+    if not 1 <= steps <= (process.T or 10**6):
+        raise InputError(f"--sampling-steps {steps}: must be 1 to {process.T or 10**6}")
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     # float32, as train.py draws them, holds k/1000 well enough to find k again.
     return (torch.round(t * process.T) / process.T if process.T else t).float()
@@ -306,8 +306,8 @@ def make_parser():
 def parse(argv):
     """The options. Raises InputError on values that make no sense."""
     args = make_parser().parse_args(argv)
-    if args.num < 1 or (args.batch_size is not None and args.batch_size < 1):
-        raise InputError("--num and --batch-size: must be at least 1")
+    if not 0 < args.num < 10**8 or (args.batch_size is not None and args.batch_size < 1):
+        raise InputError("--num and --batch-size: must be at least 1, --num below 1e8")
     if not 0 <= args.eta <= 1:
         raise InputError(f"--eta {args.eta}: must be 0 to 1")
     return args

@@ -617,7 +617,8 @@ def load_data(name, n, size=None, offset=0):
         raise InputError(f"--n {n}: needs at least 2 training images")
     if offset < 0:
         raise InputError(f"--offset {offset}: must be 0 or more")
-    if size is not None and not 4 <= size <= (largest := 128 if name == "toy" else 1024):
+    largest = 128 if name == "toy" else 1024
+    if size is not None and not 4 <= size <= largest:
         raise InputError(f"--size {size}: must be 4 to {largest}")
     if name == "toy":
         if offset + n > 10**6:

@@ -6,7 +6,7 @@ FUZZ=20 pytest tests/test_faults.py tries twenty times as many damaged files.
 
 import contextlib
 import csv
-import fcntl
+import functools
 import hashlib
 import io
 import itertools
@@ -21,7 +21,6 @@ import signal
 import sys
 import traceback
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,9 +30,9 @@ from torch import nn
 import sample
 import train
 
-SMALL = ["--n", "4", "--width", "4", "--mults", "1", "--blocks", "1", "--embed", "4", "--batch", "2",
-         "--conditional", "--eval-images", "10", "--first-eval", "2", "--evals-per-doubling", "1",
-         "--device", "cpu"]
+SMALL = ["--n", "4", "--width", "4", "--mults", "1", "--blocks", "1", "--embed", "4",
+         "--batch", "2", "--conditional", "--eval-images", "10", "--first-eval", "2",
+         "--evals-per-doubling", "1", "--device", "cpu"]
 SAMPLE = ["--num", "3", "--sampling-steps", "2", "--device", "cpu"]
 FUZZ = int(os.environ.get("FUZZ", "1"))
 
@@ -61,12 +60,6 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def copy(world, tmp_path):
-    """A copy of the run r, for a test to spoil."""
-    return shutil.copytree(world / "r", tmp_path / "r")
-
-
 def argv_of(script, run, *more):
     """The command line of train.py (`more` begins with the steps) or of sample.py for a run."""
     start = ([*SMALL, "--data", run.parent / "data.npz", "--out", run, "--steps"]
@@ -76,13 +69,18 @@ def argv_of(script, run, *more):
 
 def do(script, run, *more):
     """Run the script; (exit code, lines on stderr, stdout). An uncaught exception goes through."""
+    return do_argv(script, argv_of(script, run, *more))
+
+
+def do_argv(script, argv):
+    """The same for a whole command line."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
             warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", ResourceWarning)        # numpy leaves a broken zip open
         try:
-            script.main(argv_of(script, run, *more))
+            script.main(argv)
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -94,7 +92,8 @@ def content(value):
     if torch.is_tensor(value):
         return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
     if isinstance(value, dict):
-        return {k: content(v) for k, v in value.items() if k not in ("seconds", "images_per_second")}
+        return {k: content(v) for k, v in value.items()
+                if k not in ("seconds", "images_per_second")}
     return [content(v) for v in value] if isinstance(value, list | tuple) else value
 
 
@@ -162,8 +161,8 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
 
 def at_operation(k, folder, act):
-    """Call act() right before this process's k-th change in `folder` (open for writing, fsync,
-    rename, ...), k from 0; a file being synced is cut in half first, as a power cut might.
+    """Call act(file) right before this process's k-th change in `folder` (open for writing, fsync,
+    rename, ...), k from 0; file is the number of the one being synced, else None.
     """
     count = itertools.count()
 
@@ -171,15 +170,21 @@ def at_operation(k, folder, act):
         writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if (event in CHANGES or writes) and str(args[0]).startswith(str(folder)) and (
                 event != "os.remove" or os.path.exists(args[0])) and next(count) == k:
-            act()
+            act(None)
 
     def fsync(file, real=os.fsync):
         if next(count) == k:
-            os.ftruncate(file, os.fstat(file).st_size // 2)
-            act()
+            act(file)
         real(file)
     sys.addaudithook(look)                      # for good, but this process will not live long
     os.fsync = fsync
+
+
+def die(file):
+    """End this process; half of a file that was not yet synced is lost."""
+    if file is not None:
+        os.ftruncate(file, os.fstat(file).st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_everywhere(script, start, argv, reference):
@@ -188,8 +193,8 @@ def kill_everywhere(script, start, argv, reference):
     """
     for k in range(1000):
         run = start()
-        code = ended(child(script, argv_of(script, run, *argv), lambda: at_operation(
-            k, run, lambda: os.kill(os.getpid(), signal.SIGKILL))))
+        code = ended(child(script, argv_of(script, run, *argv), functools.partial(
+            at_operation, k, run, die)))
         if code == 0:
             return k
         assert code == -signal.SIGKILL, k
@@ -213,9 +218,8 @@ def test_training_killed_at_every_write_ends_with_the_same_bits(world, tmp_path,
 
 def test_sampling_killed_at_every_write_ends_with_the_same_images(world, tmp_path):
     def start():
-        run = shutil.copytree(world / "r", tmp_path / "r")
-        shutil.rmtree(run / "samples")
-        return run
+        return shutil.copytree(world / "r", tmp_path / "r",
+                               ignore=shutil.ignore_patterns("0*.npz", "0*.png"))
     assert kill_everywhere(sample, start, [], world / "r") > 10
 
 
@@ -250,7 +254,8 @@ def damages(whole, siblings, rng, count):
         at = rng.randrange(len(whole))
         yield f"byte {at}", whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1:]
         at = rng.randrange(len(whole))
-        yield f"digit {at}", whole[:at] + rng.choice(b"0123456789,.- \n").to_bytes() + whole[at + 1:]
+        digit = bytes([rng.choice(b"0123456789,.- \n")])
+        yield f"digit {at}", whole[:at] + digit + whole[at + 1:]
     for at in (m.end() for m in re.finditer(rb"'shape': \(", whole)):
         yield f"shape {at}", whole[:at] + bytes([whole[at] - 1]) + whole[at + 1:]
     yield from of_another_kind().items()
@@ -303,7 +308,8 @@ def test_a_damaged_file_ends_in_the_right_result_or_in_one_line(world, tmp_path,
     assert not (tmp_path / "pickle_was_run").exists()
 
 
-EDITS = [None, True, "x", "", -1, 0, 3, 10**30, 0.5, float("nan"), float("inf"), [], ["x"], [1, -1], {}]
+EDITS = [None, True, "x", "", -1, 0, 3, 10**30, 0.5, float("nan"), float("inf"), [], ["x"], [1, -1],
+         {}]
 
 
 def test_an_edited_args_json_ends_in_one_line_or_works(world, tmp_path):
@@ -331,3 +337,296 @@ def test_an_edited_args_json_ends_in_one_line_or_works(world, tmp_path):
                              f"{str(error)[:300]}")
     if found:
         pytest.fail("\n".join(found), pytrace=False)
+
+
+# --- Impossible options ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("script", "more", "word"), [
+    (train, ["--seed", 2**70], "--seed"), (train, ["--embed", 4_000_000], "--embed"),
+    (train, ["--width", 10**20], "--width"), (train, ["--mults", 10**20], "--mults"),
+    (train, ["--blocks", 10**9], "--blocks"), (train, ["--n", 10**25], "--n"),
+    (train, ["--n", 10**25, "--data", "toy"], "--n"), (train, ["--offset", 10**25], "--offset"),
+    (train, ["--size", 10**9, "--data", "toy"], "--size"), (train, ["--batch", 10**10], "--batch"),
+    (train, ["--steps", 10**25], "--steps"), (train, ["--images", 10**25], "--images"),
+    (train, ["--eval-images", 10**25], "--eval-images"), (train, ["--lr", "inf"], "--lr"),
+    (train, ["--evals-per-doubling", 10**12], "--evals"), (train, ["--ema", "nan"], "--ema"),
+    (train, ["--save-minutes", "nan"], "--save-minutes"),
+    (sample, ["--num", 10**13], "--num"), (sample, ["--eta", "nan"], "--eta"),
+    (sample, ["--sampling-steps", 10**25], "--sampling-steps")])
+def test_impossible_options_are_one_line(world, script, more, word):
+    argv = argv_of(script, world / ("new" if script is train else "r"))
+    code, lines, _ = do_argv(script, [*argv[:-1 if script is train else None], *map(str, more)])
+    assert code == 2 and len(lines) == 1 and word in lines[0], lines
+    assert not (world / "new").exists()
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2"},
+    {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}])
+def test_half_a_torchrun_is_one_line(world, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, lines, _ = do(train, world / "new", 4)
+    assert code == 2 and len(lines) == 1 and "WORLD_SIZE" in lines[0], lines
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    ({"train_labels": np.full(8, 10**10)}, "train_labels"),
+    ({"test_labels": np.full(12, -1)}, "test_labels"),
+    ({"train_images": np.zeros((8, 0, 0, 3), np.uint8)}, "train_images"),
+    ({"test_images": np.zeros((12, 0, 0, 3), np.uint8)}, "test_images"),
+    ({"train_images": np.zeros((8, 4, 4, 3), np.uint8)}, "all equal")])
+def test_impossible_data_is_refused_before_training(tmp_path, change, word):
+    write_data(tmp_path / "data.npz", **change)
+    code, lines, _ = do(train, tmp_path / "r", 4)
+    assert code == 2 and len(lines) == 1 and word in lines[0], lines
+    assert not (tmp_path / "r").exists()
+
+
+# --- The machine gets in the way ------------------------------------------------------------------
+
+
+def lines_of(path):
+    """The lines of a file."""
+    return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("script", [train, sample])
+def test_a_closed_stdout_ends_quietly_and_the_same_command_continues(world, tmp_path, script):
+    shutil.copy(world / "data.npz", tmp_path)
+    if script is sample:
+        shutil.copytree(world / "r", tmp_path / "r", ignore=shutil.ignore_patterns("samples"))
+
+    def close():
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 1)
+    more = [4] * (script is train)
+    assert ended(child(script, argv_of(script, tmp_path / "r", *more), close,
+                       tmp_path / "err")) == 1
+    assert (tmp_path / "err").read_text() == ""
+    code, lines, out = do(script, tmp_path / "r", *more)
+    assert (code, lines) == (0, []) and len(set(out.splitlines())) == len(out.splitlines())
+    if script is sample:
+        do(sample, tmp_path / "r", "--exact")
+        assert same(tmp_path / "r", world / "r")
+    else:
+        assert (content(torch.load(tmp_path / "r/last.pt"))
+                == content(torch.load(world / "r/last.pt")))
+
+
+@pytest.mark.parametrize(("script", "limit"), [(train, 2000), (train, 20_000), (sample, 700)])
+def test_a_full_disk_is_one_line_that_names_the_file(world, tmp_path, script, limit):
+    shutil.copytree(world, tmp_path / "w", ignore=shutil.ignore_patterns("samples"))
+    run = tmp_path / "w/r"
+    before = contents(run)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    more = [6] * (script is train)
+    assert ended(child(script, argv_of(script, run, *more), fill, tmp_path / "out")) == 1
+    [line] = [line for line in lines_of(tmp_path / "out") if line.startswith("error")]
+    assert lines_of(tmp_path / "out")[-1] == line
+    assert str(run) in line and "File too large" in line
+    after = contents(run)
+    assert all(name in before for name in after if "/" not in name)
+    assert do(script, run, *more)[:2] == (0, [])
+
+
+@pytest.mark.parametrize("script", [train, sample])
+def test_ctrl_c_is_one_line_and_leaves_nothing_half_done(world, tmp_path, script):
+    shutil.copytree(world, tmp_path / "w", ignore=shutil.ignore_patterns("samples"))
+    run, more = tmp_path / "w/r", [6] * (script is train)
+    for k in (2, 4):                                # before the first file is whole, and after
+        assert ended(child(script, argv_of(script, run, *more), lambda k=k: at_operation(
+            k, run, lambda file: signal.raise_signal(signal.SIGINT)), tmp_path / f"out{k}")) == 130
+        assert "interrupted" in lines_of(tmp_path / f"out{k}")[-1]
+        assert not list(run.rglob(".*.tmp"))
+    assert do(script, run, *more)[:2] == (0, [])
+
+
+@pytest.mark.parametrize(("script", "more", "name"), [
+    (train, [4], "new"), (train, [6], "r/snapshots"), (sample, [], "r/samples")])
+def test_a_file_where_a_folder_should_be_is_one_line_and_code_1(world, tmp_path, script, more,
+                                                                name):
+    shutil.copytree(world, tmp_path / "w")
+    if name != "new":
+        shutil.rmtree(tmp_path / "w" / name)
+    (tmp_path / "w" / name).write_text("")
+    code, lines, _ = do(script, tmp_path / "w" / ("new" if name == "new" else "r"), *more)
+    assert code == 1 and len(lines) == 1 and name in lines[0], lines
+
+
+def test_one_process_at_a_time_in_a_stage_and_stages_side_by_side(world, tmp_path):
+    shutil.copytree(world, tmp_path / "w", ignore=shutil.ignore_patterns("samples"))
+    run = tmp_path / "w/r"
+    for script, more, other, theirs in ((train, [6], sample, []),
+                                        (sample, ["--num", 5], train, [8])):
+        pid = child(script, argv_of(script, run, *more), lambda: at_operation(
+            4, run, lambda file: signal.raise_signal(signal.SIGSTOP)), tmp_path / "out")
+        os.waitpid(pid, os.WUNTRACED)
+        code, lines, _ = do(script, run, *more)
+        assert code == 2 and len(lines) == 1 and "another process" in lines[0]
+        assert do(other, run, *theirs)[:2] == (0, [])
+        os.kill(pid, signal.SIGCONT)
+        assert ended(pid) == 0
+    do(train, tmp_path / "w/whole", 8)
+    assert (content(torch.load(run / "last.pt"))["net"]
+            == content(torch.load(tmp_path / "w/whole/last.pt"))["net"])
+    assert not list(run.rglob(".*.tmp"))
+
+
+# --- Runs of another day --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """The run r beside its data, for a test to spoil."""
+    return shutil.copytree(world, tmp_path / "w") / "r"
+
+
+def edit(run, **change):
+    """Replace fields of args.json as its owner may, and drop those that are None."""
+    record = {k: v for k, v in (json.loads((run / "args.json").read_text()) | change).items()
+              if v is not None and k != "checksum"}
+    (run / "args.json").write_text(json.dumps(record))
+
+
+def test_a_finished_run_given_fewer_steps_is_left_alone(run):
+    before = (run / "args.json").read_bytes()
+    code, lines, _ = do(train, run, 3)
+    assert code == 2 and len(lines) == 1 and "--steps 3" in lines[0]
+    assert (run / "args.json").read_bytes() == before
+
+
+def test_a_run_made_before_an_option_existed_goes_on(run, tmp_path):
+    shutil.copytree(run, run.with_name("whole"))
+    do(train, run.with_name("whole"), 6)
+    options = json.loads((run / "args.json").read_text())["options"]
+    del options["weighting"], options["amp"]
+    edit(run, options=options, free=None, defaults=None, labels=None, heldout_sha256=None,
+         process_fingerprint=None)
+    assert do(sample, run, "--num", 5)[:2] == (0, [])
+    assert do(train, run, 6)[:2] == (0, [])
+    assert (content(torch.load(run / "last.pt"))
+            == content(torch.load(run.with_name("whole") / "last.pt")))
+
+
+def test_a_run_stays_itself_when_a_default_changes(run, monkeypatch):
+    def changed(real=train.make_parser):
+        parser = real()
+        parser.set_defaults(width=16, lr=1e-3)
+        parser.add_argument("--dropout", type=float, default=0.0)
+        return parser
+    monkeypatch.setattr(train, "make_parser", changed)
+    assert do(sample, run, "--num", 5)[:2] == (0, [])
+    assert do(train, run, 6, "--lr", "1e-4")[:2] == (0, [])
+    assert do(sample, run, "--num", 5)[:2] == (0, [])
+
+
+def test_a_renamed_or_changed_process_is_one_line(run, monkeypatch):
+    ddpm = train.PROCESSES["ddpm"]
+    for change in ({"DDPM": ddpm}, {"ddpm": ddpm._replace(predicts=train.PREDICTIONS["v"])}):
+        monkeypatch.setattr(train, "PROCESSES", {"flow": train.PROCESSES["flow"]} | change)
+        for script, more in ((train, [6, "--process", "flow"]), (sample, ["--num", 5])):
+            code, lines, _ = do(script, run, *more)
+            assert code == 2 and len(lines) == 1 and "--process ddpm" in lines[0], lines
+
+
+def test_data_may_move_but_not_change(run, tmp_path):
+    data = run.parent / "data.npz"
+    with np.load(data) as archive:
+        arrays = dict(archive)
+    for split, word in (("train", "training images"), ("test", "held-out images")):
+        labels = arrays[f"{split}_labels"][::-1]
+        write_data(data, **arrays | {f"{split}_labels": labels})
+        for script, more in ((train, [6]), (sample, ["--exact", "--num", 4])):
+            code, lines, _ = do(script, run, *more)
+            assert code == 2 and len(lines) == 1, lines
+            assert (word if script is train else "not the images") in lines[0]
+    (tmp_path / "moved").mkdir()
+    shutil.move(run, tmp_path / "moved/r")
+    write_data(tmp_path / "moved/data.npz", **arrays)
+    data.unlink()
+    assert do(train, tmp_path / "moved/r", 6)[:2] == (0, [])
+    assert do(sample, tmp_path / "moved/r", "--exact", "--num", 4)[:2] == (0, [])
+
+
+def test_stray_copies_are_no_snapshots(run):
+    for name in ("snapshots/0000004 (1).pt", "snapshots/copy.pt", "snapshots/4.pt.part"):
+        shutil.copy(run / "snapshots/0000004.pt", run / name)
+    shutil.copy(run / "samples/steps2/0000004.npz", run / "samples/steps2/0000004 (1).npz")
+    code, lines, out = do(sample, run)
+    assert (code, lines) == (0, []) and "0 of 2" in out
+    assert sample.sample_sets(run) == {"steps2": [2, 4]}
+
+
+# --- A changed network ----------------------------------------------------------------------------
+
+
+class Dropped(train.UNet):
+    """The U-Net with dropout of half of the channels before its last layer, and with a buffer that
+    counts images, as batch normalisation's buffers do.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.drop = nn.Dropout2d(0.5)
+        self.last = nn.BatchNorm2d(self.conv_out.in_channels)
+        nn.init.normal_(self.conv_out.weight)
+
+    def forward(self, xt, t, labels=None):
+        hook = self.norm.register_forward_hook(lambda m, i, o: self.last(self.drop(o)))
+        try:
+            return super().forward(xt, t, labels)
+        finally:
+            hook.remove()
+
+
+def test_dropout_and_buffers_resume_exactly_and_are_off_in_what_is_logged(world, tmp_path,
+                                                                         monkeypatch):
+    monkeypatch.setattr(train, "UNet", Dropped)
+    shutil.copy(world / "data.npz", tmp_path)
+    seen = []
+
+    def watch(net, *rest, real=train.evaluate):
+        seen.append(net.training or net.drop.training)
+        one, two = real(net, *rest), real(net, *rest)
+        assert one[0] == two[0]
+        return one
+    monkeypatch.setattr(train, "evaluate", watch)
+    for name, parts in (("a", [6]), ("b", [6]), ("c", [3, 6])):
+        for steps in parts:
+            torch.manual_seed(ord(name) + steps)    # the run depends on no state from outside
+            assert do(train, tmp_path / name, steps)[:2] == (0, [])
+    a, b, c = (content(torch.load(tmp_path / f"{name}/last.pt")) for name in "abc")
+    assert a == b and {k: v for k, v in a.items() if k != "rows"} == {
+        k: v for k, v in c.items() if k != "rows"}
+    assert [row for row in c["rows"] if row["step"] != 3] == a["rows"]
+    assert seen and not any(seen)
+    for key in ("last.running_mean", "last.running_var", "last.num_batches_tracked"):
+        assert a["ema"][key] == a["net"][key] and a["ema"][key] != content(
+            Dropped(4, [1], 1, None, 4, 3, 3, 4).state_dict()[key])
+    for name in "ab":
+        assert do(sample, tmp_path / name)[:2] == (0, [])
+    one, two = (sample.read_samples(tmp_path / f"{name}/samples/steps2/0000006.npz")
+                for name in "ab")
+    assert np.array_equal(one.images, two.images)
+
+
+# --- The bits -------------------------------------------------------------------------------------
+
+DIGESTS = {("2.14.1", "AVX512"): "287def38f1bc18e0"}
+
+
+def test_the_weights_have_the_bits_that_they_had(world):
+    here = torch.__version__.split("+")[0], torch.backends.cpu.get_cpu_capability()
+    if here not in DIGESTS:
+        pytest.skip(f"no digest is known for torch {here[0]} with {here[1]}")
+    last = torch.load(world / "r/last.pt", weights_only=True)
+    digest = hashlib.sha256()
+    for part in ("net", "ema"):
+        for key in sorted(last[part]):
+            digest.update(last[part][key].numpy().tobytes())
+    assert digest.hexdigest()[:16] == DIGESTS[here]
