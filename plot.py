@@ -831,6 +831,16 @@ def describe(run):
                   + f"step {row['best_sw_step'] or '-'} ({run.space})",
                   f"  copies at the end: {row['last_copy_ratio'] or '-'}; null "
                   + f"{row['null_copy_ratio'] or '-'}"]
+    exact = run.controls.get("exact", {}).get("copy_ratio", math.nan)
+    if not math.isnan(exact):
+        lines.append(f"  copies among the samples of the exact denoiser: {exact:.4g}")
+    for name, rows in run.tables.items():
+        if name.startswith("twin_") and rows:
+            lines.append(f"  agreement with {name[5:]} at the end: {rows[-1].get('agreement')}; of "
+                         f"pairs from different noise: {rows[-1].get('null_agreement')}")
+    if planted := run.tables.get("planted"):
+        lines.append("  planted copies that are found: " + ", ".join(
+            f"{r.get('planted')} {number(r.get('copy_ratio')):.3g}" for r in planted))
     return lines
 
 
@@ -957,8 +967,8 @@ PANELS = {
     "kid": ("KID", "linear", "kid_SPACE_train kid_SPACE_heldout"),
     "precision": ("precision", "share", "precision_SPACE_train precision_SPACE_heldout"),
     "recall": ("recall", "share", "recall_SPACE_train recall_SPACE_heldout"),
-    "sw_replaced": ("sliced Wasserstein", "log", "sw_SPACE_heldout sw_SPACE_replaced"),
-    "fid_replaced": ("FID", "log", "fid_SPACE_heldout fid_SPACE_replaced"),
+    "sw_replaced": ("sliced Wasserstein, replaced", "log", "sw_SPACE_heldout sw_SPACE_replaced"),
+    "fid_replaced": ("FID, replaced", "log", "fid_SPACE_heldout fid_SPACE_replaced"),
     "quarter": ("copies, d1/d2 < 1/4", "share", "copy_ratio_quarter null_copy_ratio_quarter"),
     "half": ("copies, d1/d2 < 1/2", "share", "copy_ratio_half null_copy_ratio_half"),
     "sscd": ("copies, SSCD > .6", "share", "sscd_ratio null_sscd_ratio"),

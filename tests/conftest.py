@@ -4,6 +4,7 @@ once.
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background ignores it
 os.environ["OMP_NUM_THREADS"] = "1"             # the scripts that tests start, too
 
 TINY = ["--data", "toy", "--size", "8", "--width", "8", "--mults", "1", "2", "--blocks", "1",

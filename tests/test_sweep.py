@@ -280,7 +280,7 @@ def rows(fake, monkeypatch, capsys):
 
 
 def test_the_grids(rows):
-    for name, count in (("digits", 11), ("toy", 10), ("mini", 10), ("cifar10", 14), ("paper", 14),
+    for name, count in (("digits", 13), ("toy", 10), ("mini", 10), ("cifar10", 14), ("paper", 14),
                         ("full", 320)):
         found = rows(name)
         assert len(found) == count
