@@ -362,7 +362,12 @@ def load_network(flag, path, device, **options):
                      "torch.export as a .pt2 file")
             net = torch.jit.load(path, map_location=device).eval()
     extract = functools.partial(network_features, net, flag=f"{flag} {path}", **options)
-    return Space(re.sub(r"[^\w.-]", "-", Path(path).stem) + f"-{digest}", extract, digest)
+    return Space(f"{space_name(path)}-{digest}", extract, digest)
+
+
+def space_name(path):
+    """The word for a network's file in names of columns."""
+    return re.sub(r"[^\w.-]", "-", Path(path).stem)
 
 
 def load_sscd(path, device):
@@ -691,7 +696,7 @@ def measure(args, record, device):
     drawn = {(name, step): read(name, step) for name, steps in sets.items() for step in steps}
     if not drawn:
         raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
-    exact = [read(name, "exact")[0] for name in sets
+    exact = [read(name, "exact")[0] for name in dict.fromkeys([*sets, ""])
              if sample.samples_path(run, name, "exact").exists()][:1] or [None]
     table = {key: rows[0] for key, rows in read_table(run / "metrics.csv").items()}
     spaces = [load_space(args.features, args.weights, device)]
@@ -1089,7 +1094,7 @@ def sweep_rows(lists):
 
 def is_measured(row, settings, drawing, args):
     """Whether a row of metrics.csv is of enough samples with these settings, in the space asked."""
-    spaces = [Path(args.features or "").stem] + ["sscd"] * bool(args.sscd)
+    spaces = [space_name(args.features or "")] + ["sscd"] * bool(args.sscd)
     return (all(row.get(f"setting_{k}") == str(v) for k, v in settings.items())
             and int(row["samples"]) >= (args.num or drawing.num)
             and all(any(k.startswith(f"weights_{s}") and row[k] for k in row) for s in spaces))
@@ -1108,7 +1113,7 @@ def sweep_state(run, options, drawing, args):
     record, log = train.read_run(run), train.read_csv(run / "log.csv")
     step, process = int(log[-1]["step"]) if log else 0, train.PROCESSES[options.process]
     other = train.differences(record, record | {"options": vars(options)})
-    other += ["data"] * (record["options"]["data"] != options.data)
+    other += ["data"] * (Path(record["options"]["data"]).stem != Path(options.data).stem)
     other += [f"last step, {step}"] * (step > options.steps)
     settings = sample.settings_of(drawing, process)
     name, shots = sample.set_name(settings, process), shots | set(sample.snapshots(run))

@@ -423,15 +423,15 @@ def onsets_of(run):
 def best_fidelity(run):
     """The lowest sliced Wasserstein distance to held-out images before copy ratio .01.
 
-    (value, step, whether it is the run's last evaluation, and so may still improve); nan where no
-    distance was measured.
+    (value, step, whether a better one may have gone unseen, at the run's last evaluation or where
+    only one comes before the copies); nan where no distance was measured.
     """
     steps, distance = run.column("sw_SPACE_heldout")
     before = ~(steps > run.onsets["copy_01"])   # all of them where copies were not measured
     if not before.any():
         return math.nan, math.nan, False
     k = int(np.argmin(distance[before]))
-    return float(distance[k]), float(steps[k]), k == len(steps) - 1
+    return float(distance[k]), float(steps[k]), bool(k == len(steps) - 1 or before.sum() == 1)
 
 
 def second_peak(values, before):
@@ -482,7 +482,7 @@ def t95(dof):
 def wilson(k, n):
     """The 95 % interval of a share k / n, by Wilson's formula."""
     centre, spread = (k + 1.92) / (n + 3.84), 1.96 * math.sqrt(k * (n - k) / n + 0.96) / (n + 3.84)
-    return centre - spread, centre + spread
+    return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
 def step_variance(run, steps, values, step, error):
@@ -532,7 +532,7 @@ def onset(name, times=None):
 
 
 def best(run):
-    """The statistic log(best fidelity); an upper bound where the run still improves at its end."""
+    """The statistic log(best fidelity); an upper bound where a better one may be unseen."""
     value, step, improving = best_fidelity(run)
     if not value > 0:
         return None
@@ -552,7 +552,8 @@ def rate(high, low=RATE_FROM):
             return None
         took = math.log(ends[1] / ends[0])
         variance = sum(step_variance(run, steps, copies, s, CROSSING_ERROR) for s in ends)
-        return Point(math.log((high - low) * math.log(2) / took), variance / took**2, 0)
+        early = ends[0] <= steps[0]             # it began before the first evaluation
+        return Point(math.log((high - low) * math.log(2) / took), variance / took**2, -int(early))
     point.borrowed = point if high <= COPY_LEVELS["copy_10"] else rate(COPY_LEVELS["copy_10"])
     return point
 
@@ -648,7 +649,9 @@ def rate_exponent(groups, runs):
 def rate_spread(groups, runs):
     """Claim 5b: the largest factor between the rates at two values; every pair's error counts."""
     statistic, words = common_rate(groups)
-    points = [g for group in groups.values() if (g := [p for r in group if (p := statistic(r))])]
+    points = [[p for r in group if (p := statistic(r)) and not p.bound]
+              for group in groups.values()]
+    points = [group for group in points if group]
     between, dof, borrowed = scatter(runs, statistic)
     if len(points) < 3 or not dof:
         return Result("fewer than three values reached copy ratio .1")
@@ -1197,6 +1200,7 @@ def plot_copier(run, path):
             label = style_of(column)[2]
             if values is not None and abs(one - zero) > 0 and label in (None, "train", "held-out"):
                 far = abs(one - zero) > 0.1 * max(abs(zero), abs(one))
+                title = title.removesuffix(", replaced")        # the panel's other column
                 name = (f"{title} to {label}" if label else title) + ("" if far else " (*)")
                 rows.setdefault(name, (values - zero) / (one - zero) if far else values * math.nan)
     rows = dict(sorted(rows.items(), key=lambda r: max([-1, *np.flatnonzero(~(r[1] >= 0.5))])))

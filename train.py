@@ -80,7 +80,7 @@ class Process(NamedTuple):
     def coefficients(self, t, x):
         """a, s, c, d at times t (B,), each (B, 1, 1, 1) to go with images x (B, C, H, W).
 
-        Numbers stay numbers, and a time that all images share, a 0-d tensor, gives 0-d tensors.
+        Where all images share one time, a 0-d tensor, they are 0-d, too.
         """
         a, s = self.schedule(t)
         return [expand(v, x) if torch.is_tensor(v) and v.dim() else v
@@ -227,7 +227,7 @@ class Layer(nn.Module):
 
 
 def time_features(t, size):
-    """Sines and cosines of 1000 t at size/2 frequencies from 1 to 1/10000: (B,) -> (B, size)."""
+    """Sines, cosines of 1000 t at size/2 frequencies, 1 down towards 1/10000: (B,) -> (B, size)."""
     half = size // 2
     frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / half))
     angle = 1000 * t[:, None] * frequency                           # (B, size/2)
@@ -341,8 +341,8 @@ def train(args, record, out, data, net, device, rank=0, world=1):
     state = set_up(args, record, out, net, device, rank)
     if state.step == args.steps:
         return say(rank, f"{out}: finished at step {state.step}; nothing to do")
-    splits = data_on(device, data, net.classes)
-    model = wrap(net, args, device, world)
+    splits = data_on(device, data, record["classes"])       # {"train", "heldout": (images, labels)}
+    model = wrap(net, args, device, world)                  # compiled, in step with other processes
     evaluations = evaluation_steps(args.steps, args.evals_per_doubling, args.first_eval)
     meter, bar = Meter(device), tqdm(total=args.steps * args.batch, unit="img", unit_scale=True,
                                      initial=state.step * args.batch, disable=rank > 0 or None)
@@ -377,7 +377,7 @@ def training_loss(model, split, args, step, rank=0, world=1):
     """The mean loss of this process's share of the batch of `step`, on the device."""
     images, labels = split
     process, device = PROCESSES[args.process], images.device
-    # Every process draws the whole batch and takes its share: the same for any number of them.
+    # Every rank draws the whole batch and takes its share: the same for any number of them.
     share = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
     shape = (args.batch, images.shape[3], *images.shape[1:3])
     index = batch_indices(len(images), args.batch, args.seed, step, device)[share]
@@ -777,7 +777,8 @@ def build_net(options, image_shape, classes):
 
     A network is an nn.Module net(xt, t, labels) -> prediction: xt float32 (B, C, S, S), t float32
     (B,) in [0, 1], labels int64 (B,) or None where classes is 0; the prediction like xt. It raises
-    InputError where it cannot be built for image_shape (S, S, C).
+    InputError where it cannot be built for image_shape (S, S, C). It is built once on the "meta"
+    device, for that alone.
     """
     size, _, channels = image_shape
     with torch.random.fork_rng(devices=[]):
@@ -866,7 +867,7 @@ class State:
              {"run": self.run, "step": self.step, "ema": self.average.state_dict()})
 
 
-def describe(args, data, net):
+def describe(args, data, net, classes):
     """What args.json holds: the options, which of them may change, and all that the next stages and
     a reader must know.
     """
@@ -878,7 +879,7 @@ def describe(args, data, net):
         commit = ""
     return {"options": vars(args), "free": FREE, "defaults": vars(make_parser().parse_args([])),
             "parameters": sum(p.numel() for p in net.parameters()),
-            "image_shape": list(data.train_images.shape[1:]), "classes": net.classes,
+            "image_shape": list(data.train_images.shape[1:]), "classes": classes,
             "labels": np.unique(data.train_labels).tolist(),
             "heldout_images": len(data.heldout_images), "subset_sha256": hash_of(*data[:2]),
             "heldout_sha256": hash_of(*data[2:]),
@@ -925,7 +926,7 @@ def check_record(record):
     for action in make_parser()._actions[1:]:                       # the first is --help
         value, kind = record["options"][action.dest], action.type or str
         kinds = {bool} if action.nargs == 0 else {int, float} if kind is float else {kind}
-        values = value if action.nargs in ("+", "*") and value is not None else [value]
+        values = value if isinstance(value, list) else [value]
         if not ({type(v) for v in values} <= kinds or value is action.default is None):
             raise ValueError(f"{action.dest}: {value}")
     shape, classes, labels = (record[key] for key in ("image_shape", "classes", "labels"))
@@ -1358,10 +1359,10 @@ def main(argv=None):
     if not rank:
         wait()
     labels = (data.train_labels.max(), data.heldout_labels.max())
-    net = build_net(vars(args), data.train_images.shape[1:],
-                    int(max(labels)) + 1 if args.conditional else 0)
+    classes = int(max(labels)) + 1 if args.conditional else 0
+    net = build_net(vars(args), data.train_images.shape[1:], classes)
     out = Path(args.out or f"runs/{run_name(args)}")
-    record = describe(args, data, net)
+    record = describe(args, data, net, classes)
     if (out / "args.json").exists():        # its identity goes by the defaults when it was made
         record["defaults"] |= read_run(out).get("defaults", {})
     with contextlib.nullcontext() if rank else claimed(out, record):

@@ -119,7 +119,7 @@ def test_a_step_does_not_wait_for_the_device(tmp_path):
     args = train.parse([*GPU, *FLOW, "--compile", "off"])
     data = train.load_data("toy", 8, 8)
     net = train.build_net(vars(args), (8, 8, 3), 3)
-    state = train.set_up(args, train.describe(args, data, net), tmp_path, net, CUDA)
+    state = train.set_up(args, train.describe(args, data, net, 3), tmp_path, net, CUDA)
     splits, meter = train.data_on(CUDA, data, 3), train.Meter(CUDA)
     for step in range(1, 6):
         torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
