@@ -501,3 +501,17 @@ def test_a_real_slurm_runs_a_row_of_the_grid(slurm, fake, tmp_path):
             printed = (tmp_path / "task.txt").read_text()
     assert printed.split() == ["start", "N6", "done", "N6"]
     assert (tmp_path / "runs/N6/done").exists() and not (tmp_path / "runs/N4").exists()
+
+
+def test_every_experiment_of_the_class(tmp_path):
+    tiny = {"WIDTH": "8", "BATCH": "4", "IMAGES": "12", "OUT": str(tmp_path), "DATA": "",
+            "TRAIN": "--embed 16 --eval-images 10 --first-eval 3",
+            "SAMPLE": "--num 6 --sampling-steps 3"}
+    # The seven share their runs where they can.
+    for lesson, more, word in ((1, {"N": "8"}, "held-out loss"), (2, {"N": "8 6"}, "N6_w8"),
+                               (3, {"N": "8"}, "exact denoiser: 1"),
+                               (4, {"N": "6", "LR": "1e-3 3e-3"}, "lr3e-3"),
+                               (5, {"N": "8"}, "agreement with N8_w8_B4_lr1e-3_s0_offset8"),
+                               (6, {"N": "8"}, "planted copies"), (7, {"N": "8"}, "denoisers.csv")):
+        assert word in sweep(tmp_path, "class", str(lesson), **(tiny | {"LR": "1e-3"} | more))
+    assert "1 to 7" in sweep(tmp_path, "class", "8", code=2)
