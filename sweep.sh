@@ -55,7 +55,7 @@ for ((k = 1; k < cores; k++)); do cpus+=" cpu"; done
 grid=$1 without_gpu=cpu plotting=()
 shift
 digits="--process flow --conditional --mults 1 2 --blocks 1 --embed 128 --eval-images 512"
-digits+=" --first-eval 16"
+digits+=" --first-eval 16"     # before N = 16 has copies
 case $grid in           # a grid that takes an argument of its own shifts it away here
 class)
   lesson=${1:-}

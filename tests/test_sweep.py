@@ -511,7 +511,7 @@ def test_every_experiment_of_the_class(tmp_path):
     for lesson, more, word in ((1, {"N": "8"}, "held-out loss"), (2, {"N": "8 6"}, "N6_w8"),
                                (3, {"N": "8"}, "exact denoiser: 1"),
                                (4, {"N": "6", "LR": "1e-3 3e-3"}, "lr3e-3"),
-                               (5, {"N": "8"}, "agreement with N8_w8_B4_lr1e-3_s0_offset8"),
+                               (5, {"N": "64"}, "agreement with N64_w8_B4_lr1e-3_s0_offset64"),
                                (6, {"N": "8"}, "planted copies"), (7, {"N": "8"}, "denoisers.csv")):
         assert word in sweep(tmp_path, "class", str(lesson), **(tiny | {"LR": "1e-3"} | more))
     assert "1 to 7" in sweep(tmp_path, "class", "8", code=2)

@@ -546,3 +546,11 @@ def test_bad_input(tmp_path, refused):
 def test_nothing_here_needs_torch():
     code = "import sys; sys.modules['torch'] = None; import plot"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", ["digits", "mini"])
+def test_the_committed_tables_give_the_committed_verdicts(tmp_path, name):
+    (runs,) = plot.find_runs(ROOT / "results" / name).values()
+    plot.write_tables(runs, plot.sweeps(runs), tmp_path)
+    for file in ("claims.md", "summary.csv", "runs.csv"):
+        assert (tmp_path / file).read_text() == (ROOT / "results" / name / file).read_text(), file
