@@ -1003,7 +1003,8 @@ def twin_row(c, d, shift=1):
         return between < torch.minimum(c.distances[k:], d.distances[:n - k])
     row, twin_rms = share("agreement", agree(0)), (x - y).norm(dim=1).median() / x.shape[1] ** 0.5
     return {"samples": n, "agreement": row.pop("agreement_ratio"), **row,
-            "null_agreement": float(agree(shift).double().mean()), "twin_rms": float(twin_rms),
+            "null_agreement": float(agree(shift).double().mean()) if shift < n else math.nan,
+            "twin_rms": float(twin_rms),
             "nearest_train_rms": nearest_rms(c)["nearest_rms"],
             "twin_nearest_train_rms": nearest_rms(d)["nearest_rms"],
             "copy_ratio": copying(c)["copy_ratio"]}

@@ -27,6 +27,7 @@ import pytest
 import torch
 from torch import nn
 
+import measure
 import sample
 import train
 
@@ -61,9 +62,10 @@ def world(tmp_path_factory):
 
 
 def argv_of(script, run, *more):
-    """The command line of train.py (`more` begins with the steps) or of sample.py for a run."""
+    """The command line of a script for a run; of train.py, `more` begins with the steps."""
     start = ([*SMALL, "--data", run.parent / "data.npz", "--out", run, "--steps"]
-             if script is train else [run, *SAMPLE, "--data", run.parent / "data.npz"])
+             if script is train else [run, *(SAMPLE if script is sample else SAMPLE[-2:]),
+                                      "--data", run.parent / "data.npz"])
     return [str(a) for a in (*start, *more)]
 
 
@@ -221,6 +223,16 @@ def test_sampling_killed_at_every_write_ends_with_the_same_images(world, tmp_pat
         return shutil.copytree(world / "r", tmp_path / "r",
                                ignore=shutil.ignore_patterns("0*.npz", "0*.png"))
     assert kill_everywhere(sample, start, [], world / "r") > 10
+
+
+def test_measuring_killed_at_every_write_ends_with_the_same_tables(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                 # the cache goes there
+    os.symlink(world / "data.npz", tmp_path / "data.npz")
+
+    def start(name="r"):
+        return shutil.copytree(world / "r", tmp_path / name)
+    assert do(measure, start("whole"))[:2] == (0, [])
+    assert kill_everywhere(measure, start, [], tmp_path / "whole") > 10
 
 
 # --- Damaged files --------------------------------------------------------------------------------

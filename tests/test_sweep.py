@@ -55,12 +55,14 @@ FAKE = {"train.py": """
     time.sleep(float(os.environ.get("SECONDS_EACH", "0")))
     """, "sample.py": """
     import os, sys
+    print(*sys.argv)
     if sys.argv[1].endswith(os.environ.get("FAILS", "none")):
         sys.exit("error: a reason")
     """, "measure.py": """
     import os, sys
     from pathlib import Path
     if sys.argv[1] != "--sweep":
+        print(*sys.argv)
         (Path(sys.argv[1]) / "done").touch()
         sys.exit()
     text = sys.stdin.read()
@@ -124,6 +126,21 @@ def test_bad_arguments_are_named(fake, tmp_path):
     refused("toy", SLURM_ARRAY_TASK_ID="99", word="SLURM_ARRAY_TASK_ID=99: the runs are 0 to 1")
     refused("toy", SLURM_ARRAY_TASK_ID="a[$(touch x)0]", word="SLURM_ARRAY_TASK_ID=a[")
     assert not (tmp_path / "none").exists()
+
+
+OWN = dict.fromkeys(("N", "WIDTH", "BATCH", "LR", "IMAGES", "TRAIN", "SAMPLE"), "")  # the grid's
+
+
+@pytest.mark.parametrize(("lesson", "lists", "then"), [
+    (1, ["--n 64"], ""), (2, ["--n 64 16"], ""), (3, ["--n 64"], "--exact"),
+    (4, ["--n 16", "--lr 1e-3 3e-4 3e-3"], ""), (6, ["--n 64"], "--planted"),
+    (7, ["--n 64"], "--denoisers")])
+def test_experiments_of_the_class(fake, tmp_path, lesson, lists, then):
+    text = sweep(tmp_path, "class", str(lesson), script=fake, **OWN)
+    asked = [" ".join(line.split()) for line in fake.with_name("asked").read_text().splitlines()]
+    assert {*lists, "--width 32", "--batch 32", "IMAGES 500N"} <= {*asked}
+    assert "done   N" in text and then in text
+    assert "1 to 7" in sweep(tmp_path, "class", "8", script=fake, code=2)
 
 
 def test_devices(fake, tmp_path, monkeypatch):
@@ -503,15 +520,6 @@ def test_a_real_slurm_runs_a_row_of_the_grid(slurm, fake, tmp_path):
     assert (tmp_path / "runs/N6/done").exists() and not (tmp_path / "runs/N4").exists()
 
 
-def test_every_experiment_of_the_class(tmp_path):
-    tiny = {"WIDTH": "8", "BATCH": "4", "IMAGES": "12", "OUT": str(tmp_path), "DATA": "",
-            "TRAIN": "--embed 16 --eval-images 10 --first-eval 3",
-            "SAMPLE": "--num 6 --sampling-steps 3"}
-    # The seven share their runs where they can.
-    for lesson, more, word in ((1, {"N": "8"}, "held-out loss"), (2, {"N": "8 6"}, "N6_w8"),
-                               (3, {"N": "8"}, "exact denoiser: 1"),
-                               (4, {"N": "6", "LR": "1e-3 3e-3"}, "lr3e-3"),
-                               (5, {"N": "64"}, "agreement with N64_w8_B4_lr1e-3_s0_offset64"),
-                               (6, {"N": "8"}, "planted copies"), (7, {"N": "8"}, "denoisers.csv")):
-        assert word in sweep(tmp_path, "class", str(lesson), **(tiny | {"LR": "1e-3"} | more))
-    assert "1 to 7" in sweep(tmp_path, "class", "8", code=2)
+def test_the_class_compares_twins(tmp_path):
+    text = sweep(tmp_path, "class", "5", N="64", IMAGES="12")
+    assert "agreement with N64_w8_B4_lr1e-3_s0_offset64" in text and "2 runs in" in text
