@@ -69,31 +69,102 @@ def squared_distances(queries, references):
         yield torch.cat(blocks, 1).add_(q.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
-def two_nearest(queries, references, groups=None, exclude=None):
+@contextlib.contextmanager
+def exact_float32():
+    """Matrix products and convolutions in float32 proper, whatever was set before."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _screen(queries, references, center, k, exclude, groups):
+    """The k smallest of |r|^2 - 2 q.r for each query, in float32.
+
+    Values and indices (Q, k), and the largest |r|. All is measured from `center`, so that the
+    numbers are small. One block of the product is in memory at a time.
+    """
+    best = torch.full((len(queries), k), math.inf, device=queries.device)
+    index = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
+    largest = 0.0
+    for start in range(0, len(references), 4096):
+        r = (references[start:start + 4096] - center).float()
+        r2 = r.square().sum(1)
+        largest = max(largest, r2.max().sqrt().item())
+        for rows in torch.arange(len(queries), device=queries.device).split(2048):
+            q = slice(int(rows[0]), int(rows[-1]) + 1)
+            score = torch.addmm(r2, queries[q], r.T, alpha=-2)              # (rows, block)
+            if exclude is not None:
+                score.masked_fill_(groups[start:start + len(r)] == exclude[q, None], math.inf)
+            value, where = score.topk(min(k, len(r)), dim=1, largest=False)
+            value, order = torch.cat([best[q], value], 1).topk(k, dim=1, largest=False)
+            best[q], index[q] = value, torch.cat([index[q], where + start], 1).gather(1, order)
+    return best, index, largest
+
+
+def _best_two(q, r, index, groups, barred):
+    """The nearest of a few candidates, and the nearest outside its group: squares, indices (Q, 2).
+
+    index (Q, k): the candidates of each query, of which `barred` (Q, k) do not count. Distances
+    come from differences in float64. inf and -1 where there is none; ties go to the lower index.
+    """
+    index, order = index.sort(dim=1)
+    rows = max(1, 2**19 // (index.shape[1] * q.shape[1]))           # so few that they stay in cache
+    squared = torch.cat([(a[:, None].double() - r[i].double()).square().sum(2)
+                         for a, i in zip(q.split(rows), index.split(rows), strict=True)])
+    squared[barred.gather(1, order)] = math.inf
+    first = squared.argmin(1, keepdim=True)
+    outside = groups[index] != groups[index.gather(1, first)]
+    second = squared.masked_fill(~outside, math.inf).argmin(1, keepdim=True)
+    pair = torch.cat([first, second], 1)
+    values, found = squared.gather(1, pair), index.gather(1, pair)
+    values[:, 1:][~outside.gather(1, second)] = math.inf
+    found[values == math.inf] = -1
+    return values, found
+
+
+def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
     """The nearest reference of each query, and the nearest outside the group of that one.
 
-    queries (Q, ...), references (N, ...), float. groups (N,) int64: references that count as one
-    image (default: each its own). exclude (Q,): the group that a query may not find, say its own.
-    Returns Euclidean distances float64 (Q, 2), taken from differences, and indices int64 (Q, 2);
-    inf and -1 where there is none.
+    queries (Q, ...), references (N, ...), float, the same shape but for the first. groups (N,)
+    int64: references that count as one image (default: each its own). exclude (Q,): the group that
+    a query may not find (its own, say).
+    Returns Euclidean distances float64 (Q, 2) and indices int64 (Q, 2); ties go to the lower index;
+    inf and -1 where there is no second group. Exact: a matrix product in float32 picks the
+    candidates, their distances are computed anew from differences in float64, and where the
+    product's rounding could have hidden a nearer one, more candidates are taken, in the end all.
+    Memory beyond the inputs: the queries once more, and about 300 MB.
+    Raises InputError on a number that is not finite.
     """
     q, r = queries.flatten(1), references.flatten(1)
+    if not all(torch.stack(torch.aminmax(x)).isfinite().all() for x in (q, r)):
+        raise InputError("two_nearest: the images hold numbers that are not finite")
     groups = torch.arange(len(r), device=r.device) if groups is None else groups
-    indices, start = [], 0
-    for squared in squared_distances(q, r):
-        if exclude is not None:
-            squared[groups == exclude[start:start + len(squared), None]] = math.inf
-        start += len(squared)
-        first = squared.min(1)
-        squared[groups == groups[first.indices, None]] = math.inf
-        indices.append(torch.stack([
-            torch.where(nearest.values.isfinite(), nearest.indices, -1)
-            for nearest in (first, squared.min(1))], 1))
-    indices = torch.cat(indices)
-    distances = torch.cat([(a[:, None].double() - r[i].double()).norm(dim=2) for a, i in zip(
-        q.split(256), indices.split(256), strict=True)]).masked_fill_(indices < 0, math.inf)
-    distances, order = distances.sort(1)        # rounding may have swapped two that nearly tie
-    return distances, indices.gather(1, order)
+    distances = torch.full((len(q), 2), math.inf, dtype=torch.float64, device=q.device)
+    indices = torch.full((len(q), 2), -1, dtype=torch.int64, device=q.device)
+    center, todo, k = r[:4096].mean(0), torch.arange(len(q), device=q.device), candidates
+    while len(todo):
+        k, unsure = min(k, len(r)), []
+        for part in todo.split(max(1, 2**24 // k)):
+            centered = (q[part] - center).float()
+            with exact_float32():
+                score, index, largest = _screen(
+                    centered, r, center, k, None if exclude is None else exclude[part], groups)
+            values, found = _best_two(q[part], r, index, groups, score == math.inf)
+            # A reference that was not picked scores at least max(score); the product's error is at
+            # most 2 (D + 8) u (|q| + |r|)^2 with u = 2^-24, so its distance^2 is at least `beyond`.
+            norm = centered.double().square().sum(1)
+            error = 2 * (q.shape[1] + 8) * 2**-24 * (norm.sqrt() + largest) ** 2
+            beyond = score.double().amax(1) + norm - error
+            sure = (values[:, 1] < beyond) | (k == len(r))
+            distances[part[sure]], indices[part[sure]] = values[sure].sqrt(), found[sure]
+            unsure.append(part[~sure])
+        todo, k = torch.cat(unsure), 8 * k
+    return distances, indices
 
 
 def copy_ratios(distances):
