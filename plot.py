@@ -64,7 +64,9 @@ class PlotError(Exception):
 
 
 def read_rows(path):
-    """A CSV file as a list of {column: text}; [] if absent. PlotError where it is not readable."""
+    """A CSV file as a list of {column: text}; [] if absent. PlotError where it is not readable, was
+    changed since it was written, or is another run's (see train.row_checks).
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -72,7 +74,32 @@ def read_rows(path):
         return []
     except (OSError, UnicodeError, csv.Error) as error:
         raise PlotError(f"{path}: not readable ({error})") from None
+    if not rows:
+        raise PlotError(f"{path}: has no rows")
+    run = read_args(path.parent).get("identity", "")
+    for k, row in enumerate(rows):
+        cells = sorted((c, v) for c, v in row.items() if c not in (None, "check") and v)
+        check = hashlib.sha256(repr((run, path.name, f"{k} of {len(rows)}", cells)).encode())
+        check = check.hexdigest()[:8]
+        if row.pop("check", "" if run else check) != check:     # older runs have no checks
+            raise PlotError(f"{path}: changed since it was written, or another run's; delete it, "
+                            "and the script that wrote it makes it again")
     return [{k: v or "" for k, v in row.items() if k is not None} for row in rows]
+
+
+def read_args(folder):
+    """args.json of a run folder; {} where there is none. PlotError where it is damaged."""
+    try:
+        record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        digest = record.pop("checksum", None)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        raise PlotError(f"{folder}/args.json: damaged") from None
+    if digest not in (None, hashlib.sha256(json.dumps(
+            record, sort_keys=True).encode()).hexdigest()):
+        raise PlotError(f"{folder}/args.json: changed since train.py wrote it")
+    return record
 
 
 def number(text):
@@ -168,14 +195,14 @@ def control_columns(rows):
 
 def read_folder(path):
     """A run folder as a list of Runs, one per set of samples. PlotError where damaged."""
+    record = read_args(path)
     try:
-        record = json.loads((path / "args.json").read_text(encoding="utf-8"))
         options, rest = ({k: value_of(v) for k, v in record[name].items()} if name in record
                          else {} for name in ("options", "defaults"))
         rest = {"defaults": rest, "free": {*record.get("free", ())},
                 "parameters": record.get("parameters")}
         options["seed"] = options.get("seed", 0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise PlotError(f"{path}/args.json: missing or damaged") from None
     log, sets = columns_of(read_rows(path / "log.csv"), path / "log.csv"), {}
     for row in read_rows(path / "metrics.csv"):

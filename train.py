@@ -1286,17 +1286,37 @@ def write_json(path, value):
     write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
+def identity_beside(table):
+    """The identity in the args.json beside a table; "" where there is none, as in older runs."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return str(json.loads((Path(table).parent / "args.json").read_text())["identity"])
+    return ""
+
+
+def row_checks(table, rows):
+    """8 hex digits per row (a dict) of a table: of its run, its table, its place and its cells.
+
+    Empty cells do not count.
+    """
+    run, name = identity_beside(table), Path(table).name
+    for k, row in enumerate(rows):
+        cells = sorted((c, str(v)) for c, v in row.items() if c != "check" and v not in ("", None))
+        key = run, name, f"{k} of {len(rows)}", cells
+        yield hashlib.sha256(repr(key).encode()).hexdigest()[:8]
+
+
 def write_csv(path, rows, columns=None):
     """Write a list of dicts as a CSV file, atomically; a cell is empty where a dict lacks its key.
-    Raises OSError.
 
-    columns: the header, needed where the list may be empty.
+    columns: the header, needed where the list may be empty. The last column, check, is row_checks:
+    a table that is changed later, or is another run's, is refused when it is read. Raises OSError.
     """
     text = io.StringIO()
-    columns = columns or dict.fromkeys(key for row in rows for key in row)
-    table = csv.DictWriter(text, list(columns), lineterminator="\n")
+    columns = dict.fromkeys(columns or [key for row in rows for key in row])
+    table = csv.DictWriter(text, [*columns, *["check"] * bool(rows)], lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows(row | {"check": check}
+                    for row, check in zip(rows, row_checks(path, rows), strict=True))
     if not Path(path).exists() or Path(path).read_bytes() != text.getvalue().encode():
         write_atomic(path, lambda file: file.write(text.getvalue().encode()))
 
@@ -1322,14 +1342,20 @@ def check_zip(path):
 
 
 def read_csv(path):
-    """The rows of a CSV file as dicts of strings; [] where there is none. Raises InputError."""
+    """The rows of a CSV file as dicts of strings; [] where there is none. Raises InputError: it is
+    damaged, changed since it was written, or of another run.
+    """
     if not Path(path).exists():
         return []
     with reading(path, "delete it, and the script that wrote it makes it again"), \
             open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, strict=True))
-        if any(None in row or None in row.values() for row in rows):
-            raise ValueError("rows of different lengths")
+        old = not identity_beside(path)         # then there may be no checks
+        if any(None in row or None in row.values() for row in rows) or not rows:
+            raise ValueError("rows of different lengths, or none")
+        for row, check in zip(rows, row_checks(path, rows), strict=True):
+            if row.pop("check", check if old else "") != check:
+                raise ValueError("changed since it was written, or another run's")
         return rows
 
 
@@ -1363,8 +1389,10 @@ def main(argv=None):
     net = build_net(vars(args), data.train_images.shape[1:], classes)
     out = Path(args.out or f"runs/{run_name(args)}")
     record = describe(args, data, net, classes)
-    if (out / "args.json").exists():        # its identity goes by the defaults when it was made
-        record["defaults"] |= read_run(out).get("defaults", {})
+    old = read_run(out) if (out / "args.json").exists() else {"identity": ""}
+    record["defaults"] |= old.get("defaults", {})   # identity goes by those of when it was made
+    if "identity" in old:                           # older versions did not write it
+        record["identity"] = identity(record)
     with contextlib.nullcontext() if rank else claimed(out, record):
         wait()                                      # until the first process has the folder
         train(args, record, out, data, net, device, rank, world)

@@ -1,4 +1,4 @@
-"""train.py and sample.py against what goes wrong: kills at every write, damaged files, a full disk,
+"""The scripts against what goes wrong: kills at every write, damaged files, a full disk,
 a closed pipe, others at work in the same folder.
 
 FUZZ=20 pytest tests/test_faults.py tries twenty times as many damaged files.
@@ -21,6 +21,7 @@ import signal
 import sys
 import traceback
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 import measure
+import plot
 import sample
 import train
 
@@ -95,7 +97,7 @@ def content(value):
         return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
     if isinstance(value, dict):
         return {k: content(v) for k, v in value.items()
-                if k not in ("seconds", "images_per_second")}
+                if k not in ("seconds", "images_per_second", "check")}
     return [content(v) for v in value] if isinstance(value, list | tuple) else value
 
 
@@ -290,6 +292,7 @@ FUZZED = {
 @pytest.mark.parametrize("case", FUZZED)
 def test_a_damaged_file_ends_in_the_right_result_or_in_one_line(world, tmp_path, case, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda file: None)         # it would take most of the time
     (script, more, without, times), name = FUZZED[case], case.split()[1]
 
     def start(folder):
@@ -320,11 +323,79 @@ def test_a_damaged_file_ends_in_the_right_result_or_in_one_line(world, tmp_path,
     assert not (tmp_path / "pickle_was_run").exists()
 
 
+# Of measured runs: the file, the script that meets it and its options.
+FUZZED_TABLES = {
+    "measure r/metrics.csv": [], "measure r/controls.csv": [], "measure r/denoisers.csv":
+    ["--denoisers"], "measure r/neighbours/steps2/0000004.npz": [], "measure r/args.json": [],
+    "measure data/cache": [], "plot r/args.json": [], "plot r/log.csv": [], "plot r/metrics.csv":
+    [], "plot r/controls.csv": [], "plot r/spectrum.csv": [], "plot r/denoisers.csv": []}
+
+
+@pytest.fixture(scope="module")
+def measured(world, tmp_path_factory):
+    """The world with all tables of both runs, and the cache that they were made with."""
+    folder = shutil.copytree(world, tmp_path_factory.mktemp("measured") / "w")
+    with contextlib.chdir(folder):
+        for name in ("r", "seed1"):
+            for more in ([], ["--denoisers"]):
+                assert do(measure, folder / name, *more)[:2] == (0, [])
+    return folder
+
+
+@pytest.mark.parametrize("case", FUZZED_TABLES)
+def test_a_damaged_table_ends_in_the_right_result_or_in_one_line(measured, tmp_path, case,
+                                                                 monkeypatch):
+    monkeypatch.setattr(plot, "draw_all", lambda *args: None)
+    script, name = case.split()
+    more, victim, found = FUZZED_TABLES[case], tmp_path / "w", []
+    if name == "data/cache":
+        name = str(max((measured / name).iterdir(), key=lambda p: p.stat().st_size).relative_to(
+            measured))
+    whole, kind = (measured / name).read_bytes(), Path(name).suffix
+    siblings = [p for p in measured.rglob(f"*{kind}") if p.read_bytes() != whole][:12]
+    kept = {p.relative_to(measured): p.read_bytes() for p in measured.glob("r/*.csv")} | {
+        name: whole}
+    monkeypatch.setattr(os, "fsync", lambda file: None)         # it would take most of the time
+
+    def run_it():
+        if script == "plot":
+            return do_argv(plot, [str(victim / "r")])
+        return do(measure, victim / "r", *more)
+
+    def restore():
+        for file in (victim / "r").rglob("*.csv"):
+            file.unlink()
+        for file, text in kept.items():
+            (victim / file).write_bytes(text)
+
+    def tables():
+        made = victim / "r/figures" if script == "plot" else victim / "r"
+        return {p.name: p.read_bytes() for p in made.glob("*.csv")}
+    shutil.copytree(measured, victim)
+    monkeypatch.chdir(victim)
+    assert run_it()[:2] == (0, [])
+    expected = tables()
+    for what, damaged in damages(whole, siblings, random.Random(case), 8 * FUZZ):
+        restore()
+        (victim / name).write_bytes(damaged)
+        try:
+            code, lines, _ = run_it()
+            if code == 0 and not lines:
+                assert tables() == expected, "a wrong table"
+            elif code not in (1, 2) or len(lines) != 1:
+                found.append(f"{what}: code {code}, {lines}")
+        except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001
+            found.append(f"{what}: {type(error).__name__} {str(error)[:300]}")
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
+
+
 EDITS = [None, True, "x", "", -1, 0, 3, 10**30, 0.5, float("nan"), float("inf"), [], ["x"], [1, -1],
          {}]
 
 
-def test_an_edited_args_json_ends_in_one_line_or_works(world, tmp_path):
+def test_an_edited_args_json_ends_in_one_line_or_works(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
     whole = json.loads((world / "r/args.json").read_text())
     places = [(part, key) for part in (whole, whole["options"]) for key in part]
     cases = [(part is whole, key, edit, seal) for part, key in places for edit in EDITS
@@ -335,6 +406,7 @@ def test_an_edited_args_json_ends_in_one_line_or_works(world, tmp_path):
     run = tmp_path / "victim/r"
     for outer, key, edit, seal in cases[:100 * FUZZ]:
         record = json.loads(text)
+        before = (record if outer else record["options"])[key]
         (record if outer else record["options"])[key] = edit
         if not seal:
             record.pop("checksum", None)
@@ -343,7 +415,7 @@ def test_an_edited_args_json_ends_in_one_line_or_works(world, tmp_path):
             try:
                 code, lines, _ = do(script, run, *more)
                 assert (code, len(lines)) in ((0, 0), (1, 1), (2, 1)), f"code {code}, {lines}"
-                assert code or not seal or key == "checksum"
+                assert code or not seal or key == "checksum" or edit is before
             except Exception as error:  # noqa: BLE001
                 found.append(f"{key} = {edit!r} ({script.__name__}): {type(error).__name__} "
                              f"{str(error)[:300]}")

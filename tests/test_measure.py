@@ -1,6 +1,5 @@
 """measure.py: every metric against a case with a known answer, or a public implementation of it."""
 
-import csv
 import hashlib
 import math
 import shutil
@@ -456,8 +455,7 @@ def run(tiny_run, tmp_path, monkeypatch):
 
 
 def metrics(run, name="metrics.csv"):
-    with open(run / name) as file:
-        return list(csv.DictReader(file))
+    return train.read_csv(run / name)
 
 
 def file_of(run, step):

@@ -478,7 +478,7 @@ def test_stale_figures_go_and_other_files_stay(tmp_path, drawn):
     ("args.json", b"{"), ("args.json", b'{"options": []}'),
     ("args.json", b'{"options": {}, "free": 5}'), ("log.csv", b"\xff\x00\xfe"),
     ("log.csv", b"a,b\n1,2\n"), ("metrics.csv", b"step,copy_ratio\nx,y\n"),
-    ("controls.csv", b"\xff")])
+    ("metrics.csv", b""), ("controls.csv", b"\xff")])
 def test_a_damaged_run_is_left_out_with_one_line(tmp_path, drawn, capsys, file, content):
     for n in (16, 32, 64):
         folder_of(tmp_path, f"N{n}", {"n": n})
@@ -493,7 +493,7 @@ def test_a_damaged_run_is_left_out_with_one_line(tmp_path, drawn, capsys, file, 
 @pytest.mark.parametrize("metrics", [
     "step,copy_ratio\n64,0.5,7,8\n128,0.9\n", "step,copy_ratio,sw_x_train\n64,nan,\n128,,\n",
     "other,step\n1,64\n", "step\n64\n", "step,copy_ratio\n64,0\n",
-    "step,sw_x_train,sw_x_heldout\n0,1,1\n64,-1,-1\n", "",
+    "step,sw_x_train,sw_x_heldout\n0,1,1\n64,-1,-1\n",
     "step,copy_ratio,sw_x_heldout,sw_x_train\n1e999,1,1,1\n64,-1,0,0\n64,2,0,0\n"])
 def test_odd_tables_are_taken_as_they_are(tmp_path, drawn, metrics):
     for n in (16, 32, 64):
