@@ -238,9 +238,11 @@ def is_done(path, settings, num, run=None):
     if not path.exists():
         return False
     found = read_samples(path, run)
-    if found.settings != settings:
-        different = ", ".join(f"{k} {found.settings.get(k)}" for k in settings
-                              if found.settings.get(k) != settings[k])
+    # An option that is younger than the file had its default.
+    made = {k: v for k, v in vars(make_parser().parse_args([""])).items() if k in settings}
+    made |= found.settings
+    if made != settings:
+        different = ", ".join(f"{k} {made[k]}" for k in made if made[k] != settings.get(k))
         raise InputError(f"{path}: was made with {different}; delete it")
     return len(found.images) >= num
 
@@ -290,6 +292,10 @@ def make_parser():
     p.add_argument("--clip", action=argparse.BooleanOptionalAction, help="clamp x0 to [-1, 1] at "
                    "each step (by default as the noise process needs it: ddpm yes, flow no)")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--switch-to", type=int, default=0, metavar="STEP", help="the snapshot to draw "
+                   "with from --switch-at on (0: none)")
+    p.add_argument("--switch-at", type=float, default=0.0, metavar="T", help="the time, 1 noise to "
+                   "0 image, from which --switch-to's weights take over")
     p.add_argument("--exact", action="store_true", help="sample with the closed-form optimal "
                    "denoiser of the training subset instead of the network, into samples/exact.npz")
     p.add_argument("--data", help="where the training images are, if not where train.py found them "
@@ -310,6 +316,10 @@ def parse(argv):
         raise InputError("--num and --batch-size: must be at least 1, --num below 1e8")
     if not 0 <= args.eta <= 1:
         raise InputError(f"--eta {args.eta}: must be 0 to 1")
+    if (not 0 <= args.switch_at < 1 or (args.switch_at > 0) != (args.switch_to > 0)
+            or args.exact and args.switch_to):
+        raise InputError(f"--switch-to {args.switch_to}, --switch-at {args.switch_at}: give both, "
+                         "a snapshot's step and a time above 0 and below 1, and no --exact")
     return args
 
 
@@ -353,18 +363,27 @@ def draw(args, net, process, settings, record, device, name):
 
 
 def network(args, process, record, device):
-    """The net(xt, t, labels) to draw with, and load(step), which gives it a snapshot's weights."""
+    """The net(xt, t, labels) to draw with, and load(step), which gives it a snapshot's weights.
+
+    With --switch-to it is two networks, one for the times above --switch-at, one for the others.
+    """
     if args.exact:
         data = load_subset(args.run, record, args.data)
         known, labels = (torch.from_numpy(x).to(device) for x in data[:2])
         return (memorizer(process, to_float(known).contiguous(),
                           labels if record["classes"] else None), lambda step: None)
     net = load_net(args.run, record, device)
-    fast = compiled(net, device, args.compile)
+    early = late = compiled(net, device, args.compile)
+    if args.switch_to:
+        second = load_net(args.run, record, device)
+        load_ema(second, args.run, record, args.switch_to)
+        late = compiled(second, device, args.compile)
 
     def mixed(xt, t, labels):
+        # Asking for t waits for the device; without a switch there is nothing to ask.
+        chosen = late if late is not early and t[0] <= args.switch_at else early
         with autocast(device, args.amp):
-            return fast(xt, t, labels)
+            return chosen(xt, t, labels)
     return mixed, lambda step: load_ema(net, args.run, record, step)
 
 
@@ -380,10 +399,10 @@ def main(argv=None):
     settings = settings_of(args, process)
     sampling_times(process, settings["sampling_steps"])
     steps = snapshots(args.run)
-    for step in args.steps_only or ():
+    wanted = [("--steps-only", step) for step in args.steps_only or ()]
+    for flag, step in wanted + [("--switch-to", args.switch_to)] * (args.switch_to > 0):
         if step not in steps:
-            raise InputError(f"--steps-only {step}: {args.run}/snapshots has no snapshot of that "
-                             "step")
+            raise InputError(f"{flag} {step}: {args.run}/snapshots has no snapshot of that step")
     if not args.exact and not steps:
         raise InputError(f"{args.run}: has no snapshots; train it first")
     place, run = set_name(settings, process), identity(record)

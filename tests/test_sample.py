@@ -177,7 +177,8 @@ def test_samples_file_and_grid(sampled_run):
         found = sample.read_samples(sample.samples_path(sampled_run, "steps5", step))
         assert found.images.shape == (12, 8, 8, 3) and found.images.dtype == np.uint8
         assert (found.labels == -1).all()
-        assert found.settings == {"sampling_steps": 5, "eta": 0.0, "clip": True, "seed": 0}
+        assert found.settings == {"sampling_steps": 5, "eta": 0.0, "clip": True, "seed": 0,
+                                  "switch_to": 0, "switch_at": 0.0}
         assert (sampled_run / f"samples/steps5/{step:07d}.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -237,7 +238,46 @@ def test_conditional_samples_have_the_subsets_labels_in_turn(tmp_path):
     assert np.array_equal(data.train_labels[nearest], found.labels)
 
 
+def test_another_snapshot_takes_over_at_a_time(sampled_run, tmp_path):
+    run = shutil.copytree(sampled_run, tmp_path / "r")
+    record, process = train.read_run(run), PROCESSES["ddpm"]
+    nets = {step: sample.load_net(run, record, "cpu") for step in (4, 16)}
+    for step, net in nets.items():
+        sample.load_ema(net, run, record, step)
+        torch.nn.init.normal_(net.conv_out.weight, std=step / 16)   # so that it matters which
+        train.save(run / f"snapshots/{step:07d}.pt",
+                   {"run": train.identity(record), "step": step, "ema": net.state_dict()})
+    argv = [str(run), "--num", "6", "--sampling-steps", "4", "--steps-only", "4", "--device", "cpu"]
+    for at in (0.1, 0.5, 0.9):                  # of the times 1, .75, .5, .25
+        sample.main([*argv, "--switch-to", "16", "--switch-at", str(at)])
+        x, _ = sample.sample(lambda xt, t, labels, at=at: nets[16 if t[0] <= at else 4](
+            xt, t, labels), process, (3, 8, 8), [(0, i) for i in range(6)], 4, clip=True)
+        found = sample.read_samples(run / f"samples/steps4_switch_to16_switch_at{at}/0000004.npz")
+        wanted = ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().numpy()
+        assert np.abs(found.images - wanted).max() <= 1
+
+
+def test_samples_made_before_an_option_existed_had_its_default(sampled_run, tmp_path, monkeypatch,
+                                                               capsys):
+    run = shutil.copytree(sampled_run, tmp_path / "r")
+
+    def more(real=sample.make_parser):
+        parser = real()
+        parser.add_argument("--guidance", type=float, default=0.0)
+        return parser
+    monkeypatch.setattr(sample, "make_parser", more)
+    argv = [str(run), "--num", "12", "--device", "cpu", "--sampling-steps", "5"]
+    sample.main(argv)
+    sample.main([*argv, "--guidance", "2"])
+    assert "0 of 5" in (out := capsys.readouterr().out) and "5 of 5" in out
+    assert sorted(sample.sample_sets(run)) == ["steps5", "steps5_guidance2"]
+
+
 @pytest.mark.parametrize(("more", "words"), [
+    (["--switch-to", "5", "--switch-at", ".5"], ["--switch-to 5", "no snapshot"]),
+    (["--switch-to", "4"], ["--switch-to 4", "--switch-at"]),
+    (["--switch-to", "4", "--switch-at", "1"], ["--switch-at 1"]),
+    (["--exact", "--switch-to", "4", "--switch-at", ".5"], ["--exact"]),
     (["--steps-only", "5"], ["--steps-only 5"]),
     (["--num", "0"], ["--num"]),
     (["--eta", "2"], ["--eta 2"]),
