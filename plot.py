@@ -4,7 +4,11 @@
     python plot.py runs/                            # every sweep below
     python plot.py runs/digits/N64_w32_B32_lr1e-3_s0        # one run: what it shows, in a few lines
     python plot.py results/digits                   # a sweep again, from its runs.csv alone
+    python plot.py runs/digits results/digits       # the union of both, drawn into the first
     python plot.py --paper                          # the study's own curves, judged the same way
+
+Of several roots, a run that two of them have (same name, same set of samples) is taken from the
+earlier one, and nothing is written or removed but in the first's figures/.
 
 Four parts: reading (a Run is one training run with one set of samples, from a run folder, from a
 table runs.csv or from the study's own curves; runs that differ in one option make a sweep), the
@@ -84,12 +88,15 @@ def number(text):
 
 
 def value_of(cell):
-    """An option as a number, True, False, None or a word; a list as one word."""
+    """An option, or its cell in a table, as a number, True, False, None or a word.
+
+    A list is one word, or the number that it holds alone: what is read from a table of it.
+    """
     try:
         cell = json.loads(cell) if isinstance(cell, str) else cell
     except ValueError:
         return cell
-    return " ".join(map(str, cell)) if isinstance(cell, (list, dict)) else cell
+    return value_of(" ".join(map(str, cell))) if isinstance(cell, (list, dict)) else cell
 
 
 def columns_of(rows, path):
@@ -257,33 +264,62 @@ def settle(runs):
         run.options = {k: run.options.get(k, defaults.get(k)) for k in sorted(names)}
 
 
-def find_runs(root, damaged=None):
-    """The runs at or below a folder, grouped: {folder for figures: [Run]}.
+def run_folders(root):
+    """The run folders at or below a folder, sorted: those with an args.json."""
+    if (root / "args.json").exists():
+        return [root]
+    return sorted(path.parent for path in root.rglob("args.json"))
 
-    Run folders, or else tables runs.csv. Runs that no chain of changes of one option connects are
-    put into folders of their own, named by what differs. damaged: a list to which the message of
-    each unreadable run is added; without it such a run raises PlotError.
+
+def read_root(root, damaged):
+    """The runs at or below a folder: {folder for their figures: [Run]}.
+
+    From run folders or, where there are none, from tables runs.csv, whose figures go beside them.
+    The message of each run that is not readable is added to the list damaged.
     """
-    root, groups, messages = Path(root), {}, [] if damaged is None else damaged
     if not root.is_dir():
         raise PlotError(f"{root}: no such folder")
-    single = (root / "args.json").exists()
-    paths = [root] if single else sorted(p.parent for p in root.rglob("args.json"))
-    for path in paths or sorted(root.rglob("runs.csv")):
-        folder = (path if single else path.parent) / ("figures" if paths else "")
+    groups, folders, before = {}, run_folders(root), len(damaged)
+    for path in folders or sorted(root.rglob("runs.csv")):
+        place = path.parent
+        if folders:
+            place = (root if path == root else place) / "figures"
         try:
-            groups.setdefault(folder, []).extend((read_folder if paths else read_table)(path))
+            runs = (read_folder if folders else read_table)(path)
         except PlotError as error:
-            if damaged is None:
-                raise
-            messages.append(str(error))
-    groups = {folder: runs for folder, runs in groups.items() if runs}
-    if not groups:
-        raise PlotError("; ".join(messages) or
-                        f"{root}: no run with a log.csv below it; train one first")
+            damaged.append(str(error))
+        else:
+            groups.setdefault(place, []).extend(runs)
+    groups = {place: runs for place, runs in groups.items() if runs}
+    if not groups and len(damaged) == before:
+        raise PlotError(f"{root}: no run with a log.csv below it; train one first")
+    return groups
+
+
+def find_runs(*roots, damaged=None):
+    """The runs at or below some folders, grouped: {folder for figures: [Run]}.
+
+    Of several roots: the union of their runs, in one place, the figures/ of the first root (a root
+    of tables: the root itself). A run that an earlier root has, too, with its name and its set of
+    samples, is left out. Runs that no chain of changes of one option connects are put into folders
+    of their own, named by what differs. damaged: a list that takes the message of each run that is
+    not readable; PlotError where no run is.
+    """
+    roots, damaged = [Path(root) for root in roots], [] if damaged is None else damaged
+    found = [read_root(root, damaged) for root in roots]
+    if not any(found):
+        raise PlotError("; ".join(damaged))
+    groups = found[0]
+    if len(roots) > 1:
+        union = []
+        for runs in found:
+            earlier = {(run.name, run.set) for run in union}
+            union += [run for run in itertools.chain(*runs.values())
+                      if (run.name, run.set) not in earlier]
+        groups = {roots[0] / ("figures" if run_folders(roots[0]) else ""): union}
     for runs in groups.values():
         settle(runs)
-    return {folder / name: family for folder, runs in groups.items()
+    return {place / name: family for place, runs in groups.items()
             for name, family in families(runs).items()}
 
 
@@ -1474,17 +1510,19 @@ def drawn_files(folder):
             or p.suffix in (".png", ".gif") and p.stem.split("_")[0] in FIGURES}
 
 
-def report(root, study):
-    """Draw, judge and print everything below a folder; the messages of unreadable runs.
+def report(roots, study):
+    """Draw, judge and print everything below the roots; the messages of unreadable runs.
 
     A file written anew has a new inode; what an earlier call left and this one did not is removed,
     but not beside tables, from which pictures cannot be drawn again.
     """
-    damaged = []
-    groups = find_runs(root, damaged) if root else {Path("paper_figures"): study_runs()}
-    old = {file: inode for folder, runs in groups.items() if runs[0].path
-           for file, inode in drawn_files(folder).items()}
-    study = study and root is not None
+    damaged, old = [], {}
+    groups = (find_runs(*roots, damaged=damaged) if roots
+              else {Path("paper_figures"): study_runs()})
+    if roots and run_folders(Path(roots[0])):
+        for folder in groups:
+            old |= drawn_files(folder)
+    study = study and bool(roots)
     for folder, runs in groups.items():
         found = sweeps(runs)
         write_tables(runs, found, folder, study)
@@ -1500,22 +1538,24 @@ def report(root, study):
 
 
 def main(argv=None):
-    """Draw and judge everything below a folder.
+    """Draw and judge everything below the roots.
 
     Raises SystemExit: 2 on bad input, 1 where a run was left out, 130 when interrupted.
     """
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("root", nargs="?", help="a run folder, or a folder with runs, or with runs.csv")
+    p.add_argument("roots", nargs="*", metavar="root", help="a run folder, a folder of runs, or a "
+                   "folder with runs.csv; of several, the union of their runs is drawn into the "
+                   "figures/ of the first, and a run that two of them have is taken from the first")
     p.add_argument("--paper", action="store_true", help="set the study's own curves beside these "
                    "runs; without a folder, draw and judge them alone, into paper_figures/")
     args = p.parse_args(argv)
-    if not (args.root or args.paper):
+    if not (args.roots or args.paper):
         p.error("a folder, or --paper")
     for stream in (sys.stdout, sys.stderr):         # names of runs that the locale cannot print
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        damaged = report(args.root, args.paper)
+        damaged = report(args.roots, args.paper)
     except (PlotError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
