@@ -93,7 +93,8 @@ def run(tmp_path):
 def drawn(monkeypatch):
     """A list that receives (figure, title) of all that is drawn, in place of files."""
     figures = []
-    monkeypatch.setattr(plot, "save", lambda figure, path, title: figures.append((figure, title)))
+    monkeypatch.setattr(plot, "save_figure",
+                        lambda figure, path, title: figures.append((figure, title)))
     yield figures
     for figure, _ in figures:
         plot.plt.close(figure)
@@ -126,7 +127,7 @@ def test_panels_show_columns_controls_errors_and_onsets(run, drawn):
     assert band.max() == pytest.approx(run.metrics["sw_pixels_train"].max() + 0.2)
     copies = titled(figure, "copy ratio (d1/d2 < 1/3)")
     assert labels(copies)["null"].get_linestyle() == ":"
-    assert labels(copies)["copy ratio .01"].get_xdata()[0] == run.onsets["copy_01"]
+    assert labels(copies)["copy ratio .01"].get_xdata()[0] == plot.onsets(run)["copy_01"]
     del run.metrics["fid_pixels_train"], run.metrics["fid_pixels_heldout"]
     run.controls = {}
     plot.plot_run(run, None)
