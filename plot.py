@@ -239,7 +239,7 @@ def read_runs_csv(path):
 
 @functools.lru_cache
 def study_runs():
-    """The study's own curves as Runs; what several of its figures show counts as repeats."""
+    """The study's own curves as Runs; a setting that several figures show has repeats."""
     runs, repeats = [], collections.Counter()
     for run in read_runs_csv(STUDY):
         del run.options["factor"]
@@ -404,6 +404,7 @@ def label_of(factor, value):
 
 # --- Claims: onsets, best fidelity ----------------------------------------------------------------
 
+
 def crossing(steps, values, level):
     """The first step at which `values` reach `level`, linear in log step; inf where they do not."""
     above = np.flatnonzero(values >= level)
@@ -412,8 +413,7 @@ def crossing(steps, values, level):
     k = above[0]
     if k == 0:
         return float(steps[0])
-    part = (level - values[k - 1]) / (values[k] - values[k - 1])
-    return float(np.exp(np.log(steps[k - 1]) + part * np.log(steps[k] / steps[k - 1])))
+    return float(np.exp(np.interp(level, values[k - 1:k + 1], np.log(steps[k - 1:k + 1]))))
 
 
 def lowest(steps, values):
@@ -482,8 +482,8 @@ def onsets(run):
 def best_fidelity(run):
     """The lowest sliced Wasserstein distance to held-out images before copy ratio .01.
 
-    (value, step, whether a better one may have gone unseen, at the run's last evaluation or where
-    only one comes before the copies); nan where no distance was measured.
+    (value, step, improving), nan where no distance was measured. improving: a better one may have
+    gone unseen, since this is the run's last evaluation or the only one before its copies.
     """
     steps, distance = run.column("sw_SPACE_heldout")
     before = ~(steps > onsets(run)["copy_01"])   # all of them where copies were not measured
@@ -494,8 +494,10 @@ def best_fidelity(run):
 
 
 def second_peak(values, before):
-    """Where a curve of positive values turns: (index of the lowest of those where `before`, index
-    of the highest after it, the rise between them and the fall after, as factors).
+    """Where a curve of positive values turns: (best, peak, rise, fall).
+
+    best: the index of the lowest value among those where `before`; peak: of the highest value from
+    there on; rise from best to peak, and fall from peak to the lowest after it: factors.
     """
     k = int(np.argmin(np.where(before, values, np.inf)))
     j = k + int(np.argmax(values[k:]))
@@ -510,7 +512,10 @@ def paired(run, *columns):
 
 
 def hump(run):
-    """The step of the peak of SW to held-out after the best fidelity; nan if below a tenth."""
+    """The step where SW to held-out peaks after the best fidelity, nan where it does not.
+
+    A peak rises from the best fidelity, and falls again, by a tenth or more.
+    """
     steps, (distances,) = paired(run, "sw_SPACE_heldout")
     before = steps <= best_fidelity(run)[1]
     if not before.any():
@@ -542,7 +547,7 @@ def to_keep(run):
 # seeds or more (the study's own where there are none), and what is known of this run alone, its
 # variance: how many samples it has and how far apart its evaluations are.
 Point = collections.namedtuple("Point", "value variance bound")   # bound: 1 truth above, -1 below
-# A tested value with its 95 % interval and what it rests on; nan: not tested, and the text says why
+# A value with its 95 % interval, and in words what it rests on or, if nan, why it is not tested.
 Result = collections.namedtuple("Result", "text value low high borrowed intercept",
                                 defaults=(*[math.nan] * 3, False, math.nan))
 # Standard error of an interpolated step, as a share of the gap between evaluations: how far the
@@ -560,8 +565,8 @@ def t95(dof):
 def step_variance(run, steps, values, step, error):
     """The variance of the logarithm of a step at which a curve turns or crosses a level.
 
-    From the gap between evaluations and, where run is given and the values are shares of its
-    samples, from their number.
+    Of two parts: the gap between evaluations; where run is given, whose values are then shares of
+    its samples, the number of samples.
     """
     if len(steps) < 2:
         return 0.0
@@ -639,12 +644,13 @@ def scatter(runs, statistic):
 
     Pooled over all settings; the study's own where these runs have no repeats.
     """
-    settings = set()        # of tuples, since two sets of samples of one run share its losses
+    settings = {}           # equal ones count once: two sets of samples of one run share its losses
     for group in grouped(runs, Run.key).values():
         points = {run.seed: statistic(run) for run in group}
-        settings.add(tuple(p.value for p in points.values() if p and not p.bound))
-    settings.discard(())
-    squares = sum(float(np.var(values)) * len(values) for values in settings)
+        values = [point.value for point in points.values() if point and not point.bound]
+        settings[tuple(np.round(values, 5))] = values       # tables have eight digits
+    settings.pop((), None)
+    squares = sum(float(np.var(values)) * len(values) for values in settings.values())
     dof = sum(len(values) - 1 for values in settings)
     if dof or runs is study_runs():
         return squares / dof if dof else 0.0, dof, False
@@ -867,14 +873,11 @@ def judge(runs):
         else:
             result = Result("no sweep of it")
         low, high = claim.region
+        inside = low < result.low and result.high < high
+        outside = result.high < low or result.low > high
+        verdict = "supported" if inside else "contradicted" if outside else "undecided"
         if math.isnan(result.value):
             verdict = "not tested"
-        elif low < result.low and result.high < high:
-            verdict = "supported"
-        elif result.high < low or result.low > high:
-            verdict = "contradicted"
-        else:
-            verdict = "undecided"
         rows.append((claim, result, verdict + ", scatter borrowed" * result.borrowed))
     return rows
 
@@ -1133,19 +1136,17 @@ def dress(axis, title="", scale="linear", xlabel=""):
         axis.set_ylim(-0.04, 1.04)
     for side in [axis.xaxis, axis.yaxis] if scale == "log" else [axis.xaxis]:
         low, high = side.get_view_interval()
-        if high < 5 * low:
-            side.set_major_locator(mpl.ticker.MaxNLocator(4))
-        else:
-            side.set_major_locator(mpl.ticker.LogLocator(
-                subs=(1, 2, 5) if high < 200 * low else (1,)))
+        locator = mpl.ticker.LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,))
+        side.set_major_locator(mpl.ticker.MaxNLocator(4) if high < 5 * low else locator)
         side.set_major_formatter(tick_text)
         side.set_minor_locator(mpl.ticker.NullLocator())
 
 
 def curve(axis, runs, column, color, scale=1, label=None, errors=False):
-    """A column against step * scale: mean over seeds, in a band of their range or of one's error.
+    """A column against step * scale: the mean over runs, in a band that is their range.
 
-    The error comes from columns beside it: copy_low, copy_high or, twice, sw_error_...
+    errors: the band is a 95 % interval instead, the first run's, from the columns beside this one:
+    copy_low and copy_high, or twice sw_error_...
     """
     steps = np.unique(np.concatenate([run.column(column)[0] for run in runs]))
     if not len(steps):
@@ -1197,7 +1198,7 @@ def panels(run, rows, size):
 
 
 def heat(axis, cells, columns, rows, colors, **more):
-    """Cells (rows, columns) as colours, with their names, of columns at most 12."""
+    """Cells (rows, columns) as an image, with the names of all rows and of 12 columns at most."""
     image = axis.imshow(cells, aspect="auto", interpolation="nearest", **more,
                         cmap=mpl.colors.LinearSegmentedColormap.from_list("", colors, bad="0.65"))
     shown = range(0, len(columns), -(-len(columns) // 12))
@@ -1321,7 +1322,7 @@ def plot_copier(run, path):
             else:
                 rows.setdefault(f"{name} (*)", np.full(len(values), math.nan))
 
-    def last_below(name):                       # when a metric calls the samples copies for good
+    def last_below(name):                       # from then on, the metric sees copies
         return max(np.flatnonzero(~(rows[name] >= 0.5)), default=-1)
     names = sorted(rows, key=last_below)
     figure, axis = plt.subplots(figsize=(9.5, 0.33 * len(rows) + 2))
@@ -1378,7 +1379,7 @@ def snapshot_files(run):
 
 
 def pick(run, count):
-    """At most `count` neighbours files, evenly along log step and copy ratio: both phases seen."""
+    """At most `count` neighbours files, evenly in log step plus copy ratio: both phases show."""
     files = snapshot_files(run)
     steps = np.log([float(file.stem) for file in files])
     copies = [np.mean(read_neighbours(file, "ratios") < 1 / 3) for file in files]
