@@ -323,7 +323,8 @@ def find_runs(*roots, damaged=None):
             earlier = {(run.name, run.set) for run in union}
             union += [run for run in itertools.chain(*runs.values())
                       if (run.name, run.set) not in earlier]
-        groups = {roots[0] / ("figures" if run_folders(roots[0]) else ""): union}
+        place = roots[0] / ("figures" if run_folders(roots[0]) else "")
+        groups = {place: sorted(union, key=lambda run: run.name)}
     for runs in groups.values():
         settle(runs)
     return {place / name: family for place, runs in groups.items()
@@ -553,7 +554,7 @@ Result = collections.namedtuple("Result", "text value low high borrowed intercep
 # Standard error of an interpolated step, as a share of the gap between evaluations: how far the
 # study's curves move when every second evaluation is left out.
 CROSSING_ERROR, LOWEST_ERROR = 0.07, 0.2
-RATE_FROM = 0.02                                # copy ratio at which a memorization rate starts
+RATE_FROM = 0.02        # the copy ratio, above the null, from which a memorization rate is taken
 
 
 def t95(dof):
@@ -621,20 +622,21 @@ def best(run):
     return Point(math.log(value), (error / value)**2, -1 if improving else 0)
 
 
-def rate(high, low=RATE_FROM):
-    """The statistic log(memorization rate): (high - low) over the doublings that it takes.
+def rate(high):
+    """The statistic log(memorization rate): (high - RATE_FROM) over the doublings that it takes.
 
-    low, high: copy ratios above the null. None where a run does not reach `high`.
+    high: a copy ratio above the null. None where a run does not reach it.
     """
     def point(run):
         steps, copies = excess(run)
-        start, end = (crossing(steps, copies, level) for level in (low, high))
+        start, end = (crossing(steps, copies, level) for level in (RATE_FROM, high))
         if math.isinf(end) or end <= start:
             return None
         took = math.log(end / start)
         variance = sum(step_variance(run, steps, copies, s, CROSSING_ERROR) for s in (start, end))
         early = start <= steps[0]               # it began before the first evaluation
-        return Point(math.log((high - low) * math.log(2) / took), variance / took**2, -int(early))
+        speed = (high - RATE_FROM) * math.log(2) / took
+        return Point(math.log(speed), variance / took**2, -int(early))
     point.borrowed = point if high <= COPY_LEVELS["copy_10"] else rate(COPY_LEVELS["copy_10"])
     return point
 
@@ -1232,8 +1234,9 @@ def plot_run(run, path, rows=(FOUR,)):
     save_figure(figure, path, words(run.name) + (f"; features: {run.space}" if run.space else ""))
 
 
-def plot_metrics(run, path, width=5):
+def plot_metrics(run, path):
     """Every metric of PANELS that the run has, through training, with its controls."""
+    width = 5                                   # panels per row
     names = [name for name, (_, _, columns) in PANELS.items() if name not in LEVEL_PANELS
              and any(len(run.column(column)[0]) for column in columns.split())]
     names += [""] * (-len(names) % width)
@@ -1334,9 +1337,9 @@ def plot_copier(run, path):
     save_figure(figure, path, f"{words(run.name)}; features: {run.space}")
 
 
-def plot_denoisers(run, path, levels=(1, 3, 5, 8)):
+def plot_denoisers(run, path):
     """How far the network's x0 is from each reference, and which is nearest: where and when."""
-    rows, names = run.tables["denoisers"], list(REFERENCES)
+    rows, names, levels = run.tables["denoisers"], list(REFERENCES), (1, 3, 5, 8)
     inputs = {"path": "its own sampling path", "heldout": "noised held-out images"}
     steps = sorted({number(row["step"]) for row in rows})
     # of each kind of inputs: (reference, level, step, median and the ends of its interval)
@@ -1388,10 +1391,10 @@ def pick(run, count):
     return [files[k] for k in sorted({int(np.abs(way - place).argmin()) for place in places})]
 
 
-def plot_ratios(run, path, steps=6):
+def plot_ratios(run, path):
     """The whole curve of d1/d2: the share of samples below each value, and of the controls."""
     figure, axis = plt.subplots(figsize=(7, 4.8))
-    files = pick(run, steps)
+    files = pick(run, 6)
     curves = [(file, f"step {int(file.stem):,}", color, "-")
               for file, color in zip(files, palette(len(files)), strict=True)]
     curves += [(run.path / f"neighbours/{name}.npz", label, color, "--") for name, label, color in (
@@ -1410,9 +1413,9 @@ def plot_ratios(run, path, steps=6):
     save_figure(figure, path, words(run.name))
 
 
-def strip(axis, file, top, label, count=10):
-    """A row of a neighbours file's pictures, d1/d2 of each, and their nearest training images."""
-    samples, nearest, ratios = (read_neighbours(file, key)[:count]
+def strip(axis, file, top, label):
+    """Ten of a neighbours file's pictures, d1/d2 of each, and their nearest training images."""
+    samples, nearest, ratios = (read_neighbours(file, key)[:10]
                                 for key in ("samples", "nearest", "ratios"))
     axis.text(0, top - 0.12, f"{label}, d1/d2 (red: a copy), nearest training images")
     for k, ratio in enumerate(ratios):
@@ -1562,11 +1565,11 @@ RUN_FIGURES = (("run_{}.png", plot_run, "step"), ("metrics_{}.png", plot_metrics
                ("twins_{}.png", plot_twins, "twin_"), ("planted_{}.png", plot_planted, "planted"))
 
 
-def draw_all(runs, found, folder, study=None):
+def draw_all(runs, found, folder, study):
     """Every figure that runs and their sweeps (found, see sweeps) have the data for.
 
     Of several seeds the first gets all figures, the others their curves. study: the study's own
-    sweeps, to be drawn beside these.
+    sweeps, to be drawn behind these, or {}.
     """
     seen = set()
     for run in runs:
@@ -1579,7 +1582,7 @@ def draw_all(runs, found, folder, study=None):
                 draw(run, folder / name.format(run.stem))
         seen.add(run.key())
     for factor, groups in found.items():
-        plot_sweep(factor, groups, folder / f"sweep_{factor}.png", (study or {}).get(factor))
+        plot_sweep(factor, groups, folder / f"sweep_{factor}.png", study.get(factor))
         plot_onset(factor, groups, folder / f"onset_{factor}.png", runs)
 
 

@@ -300,7 +300,7 @@ def test_half_in_folders_and_half_in_tables_is_one_sweep(tmp_path, folders_first
     ((place, runs),) = plot.find_runs(*roots).items()
     assert place == (tmp_path / "half/figures" if folders_first else tables)
     (whole,) = plot.find_runs(tmp_path / "all").values()
-    assert {run.name: run.key() for run in runs} == {run.name: run.key() for run in whole}
+    assert [(run.name, run.key()) for run in runs] == [(run.name, run.key()) for run in whole]
     assert sorted(run.path is None for run in runs) == [False] * 4 + [True] * 4
     found, expected = plot.sweeps(runs), plot.sweeps(whole)
     assert {f: [*groups] for f, groups in found.items()} == {"n": [*NS]}
