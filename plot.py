@@ -414,7 +414,8 @@ def crossing(steps, values, level):
     k = above[0]
     if k == 0:
         return float(steps[0])
-    return float(np.exp(np.interp(level, values[k - 1:k + 1], np.log(steps[k - 1:k + 1]))))
+    part = (level - values[k - 1]) / (values[k] - values[k - 1])
+    return float(np.exp(np.log(steps[k - 1]) + part * np.log(steps[k] / steps[k - 1])))
 
 
 def lowest(steps, values):
