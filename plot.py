@@ -8,7 +8,8 @@
     python plot.py --paper                          # the study's own curves, judged the same way
 
 Of several roots, a run that two of them have (same name, same set of samples) is taken from the
-earlier one; nothing is written or removed but in the first one's figures/.
+earlier one. All goes into the figures/ of the first (beside its tables, if it has only these); in
+the others nothing is written or removed.
 
 Four parts, in this order:
     reading   A Run is one training run with one set of samples, from a run folder, from a table
