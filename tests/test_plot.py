@@ -93,7 +93,8 @@ def run(tmp_path):
 def drawn(monkeypatch):
     """A list that receives (figure, title) of all that is drawn, in place of files."""
     figures = []
-    monkeypatch.setattr(plot, "save", lambda figure, path, title: figures.append((figure, title)))
+    monkeypatch.setattr(plot, "save_figure",
+                        lambda figure, path, title: figures.append((figure, title)))
     yield figures
     for figure, _ in figures:
         plot.plt.close(figure)
@@ -126,7 +127,7 @@ def test_panels_show_columns_controls_errors_and_onsets(run, drawn):
     assert band.max() == pytest.approx(run.metrics["sw_pixels_train"].max() + 0.2)
     copies = titled(figure, "copy ratio (d1/d2 < 1/3)")
     assert labels(copies)["null"].get_linestyle() == ":"
-    assert labels(copies)["copy ratio .01"].get_xdata()[0] == run.onsets["copy_01"]
+    assert labels(copies)["copy ratio .01"].get_xdata()[0] == plot.onsets(run)["copy_01"]
     del run.metrics["fid_pixels_train"], run.metrics["fid_pixels_heldout"]
     run.controls = {}
     plot.plot_run(run, None)
@@ -263,6 +264,105 @@ def test_everything_is_drawn(tmp_path):
     assert {name for name in names if "N16_s1" in name} == {"run_N16_s1.png"}   # a second seed
     assert {"sweep_n.png", "onset_n.png"} <= names
     assert not [name for name in names if name.startswith(".")]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No figures, to save time: tables and verdicts only."""
+    monkeypatch.setattr(plot, "draw_all", lambda *_: None)
+
+
+def files_of(root):
+    """{file below a folder: (inode, content)}."""
+    return {path: (path.stat().st_ino, path.read_bytes())
+            for path in root.rglob("*") if path.is_file()}
+
+
+def tables_of(folder, runs):
+    """A folder of tables, of nothing but these runs."""
+    (found,) = plot.find_runs(runs).values()
+    plot.write_tables(found, plot.sweeps(found), folder)
+    return folder
+
+
+NS = (16, 32, 64, 128)
+
+
+@pytest.mark.parametrize("folders_first", [True, False])
+def test_half_in_folders_and_half_in_tables_is_one_sweep(tmp_path, folders_first):
+    for k, n in enumerate(NS):
+        for seed in (0, 1):
+            options = {"mults": [1], "ema": None, "lr": 1e-4, "out": f"x{n}"}
+            made_up(tmp_path / "all", n, seed, **options)
+            made_up(tmp_path / ("half" if k % 2 else "other"), n, seed, **options)
+    tables = tables_of(tmp_path / "tables", tmp_path / "other")
+    roots = [tmp_path / "half", tables] if folders_first else [tables, tmp_path / "half"]
+    ((place, runs),) = plot.find_runs(*roots).items()
+    assert place == (tmp_path / "half/figures" if folders_first else tables)
+    (whole,) = plot.find_runs(tmp_path / "all").values()
+    assert [(run.name, run.key()) for run in runs] == [(run.name, run.key()) for run in whole]
+    assert sorted(run.path is None for run in runs) == [False] * 4 + [True] * 4
+    found, expected = plot.sweeps(runs), plot.sweeps(whole)
+    assert {f: [*groups] for f, groups in found.items()} == {"n": [*NS]}
+    assert all(len(group) == 2 for group in found["n"].values())
+    for name in plot.TAUS:
+        slopes = [plot.exponent(sweep["n"], part, plot.onset(name))
+                  for sweep, part in ((found, runs), (expected, whole))]
+        assert slopes[0][1:4] == pytest.approx(slopes[1][1:4], rel=1e-4, abs=1e-6, nan_ok=True)
+        assert slopes[0].text == slopes[1].text
+    assert [word for *_, word in plot.judge(runs)] == [word for *_, word in plot.judge(whole)]
+
+
+def test_a_run_is_taken_from_the_first_root_that_has_it(tmp_path):
+    for root, ns in (("a", (16, 32)), ("b", (32, 64)), ("c", (64, 16))):
+        for n in ns:
+            made_up(tmp_path / root, n)
+    (runs,) = plot.find_runs(*(tmp_path / root for root in "abc")).values()
+    assert [(run.path.parent.name, run.name) for run in runs] == [
+        ("a", "N16_s0"), ("a", "N32_s0"), ("b", "N64_s0")]
+    # a run folder is a root, too; another set of samples of a run is another run
+    metrics = tmp_path / "b/N32_s0/metrics.csv"
+    metrics.write_text(metrics.read_text().replace("\n,", "\neta1,"))
+    runs = plot.find_runs(tmp_path / "a/N32_s0", tmp_path / "b")
+    assert [*runs] == [tmp_path / "a/N32_s0/figures"]
+    assert [run.name for run in runs.popitem()[1]] == ["N32_s0", "N32_s0_eta1", "N64_s0"]
+
+
+def test_nothing_is_written_or_removed_in_the_other_roots(tmp_path, undrawn, capsys):
+    made_up(tmp_path / "a", 16)
+    made_up(tmp_path / "b", 32)
+    made_up(tmp_path / "c", 64)
+    tables = tables_of(tmp_path / "tables", tmp_path / "c")
+    stale = []
+    for folder in (tmp_path / "a/figures", tmp_path / "b/figures", tables):
+        folder.mkdir(exist_ok=True)
+        stale.append(folder / "run_gone.png")
+        stale[-1].write_bytes(b"")
+    other = files_of(tmp_path / "b") | files_of(tables)
+    roots = [str(root) for root in (tmp_path / "a", tmp_path / "b", tables)]
+    plot.main(roots)
+    assert f"{tmp_path / 'a/figures'}: 3 runs drawn" in capsys.readouterr().out
+    assert files_of(tmp_path / "b") | files_of(tables) == other
+    assert not stale[0].exists()
+    assert {path.name for path in (tmp_path / "a/figures").iterdir()} == {
+        "runs.csv", "summary.csv", "controls.csv", "claims.md"}
+    first = files_of(tmp_path / "a")
+    plot.main(roots[::-1])                          # a root of tables first: beside its tables
+    assert files_of(tmp_path / "a") == first and stale[2].exists()
+    with open(tables / "summary.csv", newline="") as file:
+        assert {row["run"] for row in csv.DictReader(file)} == {"N64_s0", "N32_s0", "N16_s0"}
+    assert not (tables / "figures").exists()
+
+
+def test_every_root_needs_a_run(tmp_path, undrawn, refused):
+    made_up(tmp_path / "a", 16)
+    (tmp_path / "empty").mkdir()
+    refused(plot.main, [tmp_path / "a", tmp_path / "none"], "none", "no such folder")
+    refused(plot.main, [tmp_path / "a", tmp_path / "empty"], "empty", "no run")
+    (made_up(tmp_path / "b", 32) / "args.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:         # what is damaged is left out, as in one root
+        plot.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert stop.value.code == 1 and (tmp_path / "a/figures/runs.csv").exists()
 
 
 def test_names_are_drawn_as_they_are(tmp_path):

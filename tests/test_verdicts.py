@@ -156,7 +156,7 @@ def test_no_effect_is_seldom_supported(repeats):
 
 def test_a_share_is_more_than_half_by_chance_in_one_of_twenty():
     for n in range(3, 60):
-        found = [plot.share([True] * k + [False] * (n - k), "") for k in range(n + 1)]
+        found = [plot.share_of_runs([True] * k + [False] * (n - k), "") for k in range(n + 1)]
         chance = sum(math.comb(n, k) / 2**n for k, r in enumerate(found) if r.low > 0.5)
         assert chance <= 0.05, n
 
@@ -174,11 +174,12 @@ def run_of(tau=300.0, options=None, **more):
 
 def test_onsets_best_fidelity_and_rate_of_a_known_run():
     run = run_of()
-    assert run.onsets["heldout_min"] == pytest.approx(300, rel=1e-6)    # a parabola in log step
-    assert run.onsets["heldout_25"] == pytest.approx(300 * math.exp(math.sqrt(2.5)), rel=0.01)
-    assert run.onsets["copy_50"] == pytest.approx(12000, rel=0.01)
-    assert run.onsets["copy_10"] == pytest.approx(4000, rel=0.02)
-    assert math.isnan(run.onsets["denoisers"]) and math.isnan(run.onsets["level0"])
+    onsets = plot.onsets(run)
+    assert onsets["heldout_min"] == pytest.approx(300, rel=1e-6)    # a parabola in log step
+    assert onsets["heldout_25"] == pytest.approx(300 * math.exp(math.sqrt(2.5)), rel=0.01)
+    assert onsets["copy_50"] == pytest.approx(12000, rel=0.01)
+    assert onsets["copy_10"] == pytest.approx(4000, rel=0.02)
+    assert math.isnan(onsets["denoisers"]) and math.isnan(onsets["level0"])
     value, step, improving = plot.best_fidelity(run)
     assert value == pytest.approx(1, abs=0.05) and 512 <= step <= 724 and not improving
     # logit .5 - logit .02 = 3.89 = 2 ln(ratio of steps)
@@ -197,7 +198,7 @@ def test_copies_are_counted_above_the_null():
     run = run_of()
     run.metrics["copy_ratio"] = run.metrics["copy_ratio"] + 0.05
     run.metrics["null_copy_ratio"] = run.metrics["null_copy_ratio"] + 0.05
-    assert run.onsets["copy_01"] == pytest.approx(run_of().onsets["copy_01"])
+    assert plot.onsets(run)["copy_01"] == pytest.approx(plot.onsets(run_of())["copy_01"])
 
 
 def test_what_is_not_reached_is_a_bound():
@@ -283,7 +284,7 @@ def test_the_denoiser_that_a_net_is_nearest_to():
         for inputs in ("path", "heldout")
         for reference, median in (("memorizer", own if inputs == "path" else 0.1),
                                   ("population", 1.0), ("gaussian", 2.0))]
-    assert run.onsets["denoisers"] == pytest.approx(400)
+    assert plot.onsets(run)["denoisers"] == pytest.approx(400)
 
 
 def test_the_snapshot_to_keep():
@@ -427,7 +428,7 @@ def test_tables_alone_give_the_same_tables_again(tmp_path, drawn):
     (runs, found, *_), (again, refound, *_) = drawn
     for one, two in zip(runs, again, strict=True):
         assert two.path is None and one.options == two.options and one.controls == two.controls
-        assert two.onsets == pytest.approx(one.onsets, rel=1e-4, nan_ok=True)
+        assert plot.onsets(two) == pytest.approx(plot.onsets(one), rel=1e-4, nan_ok=True)
     assert {f: [*g] for f, g in found.items()} == {f: [*g] for f, g in refound.items()}
     assert picture.exists()                         # it could not be drawn again
 
