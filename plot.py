@@ -1591,6 +1591,36 @@ def plot_onset(factor, groups, path, runs):
     save_figure(figure, path, f"{label}: onset")
 
 
+def plot_switch(groups, path):
+    """What samples are like that one snapshot draws down to time t and another from there on.
+
+    groups: the Slice of sample.py's --switch, {"STEP@T": [Run]}; the run without it is of a value
+    that is empty. At t = 0 stands the first snapshot alone, at t = 1 the second.
+    """
+    alone = next((runs[0] for value, runs in groups.items() if not value), None)
+    pairs = {}                                  # {(first step, second step): {t: its Run}}
+    for value, runs in groups.items():
+        if value:
+            second, t = map(float, value.split("@"))
+            for first in runs[0].metrics["step"]:
+                pairs.setdefault((first, second), {})[t] = runs[0]
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.9))
+    for axis, name in zip(axes, ("sw", "kid", "sharpness", "copy"), strict=True):
+        title, _, columns = PANELS[name]
+        column = columns.split()[0 if name == "copy" else -1]
+        for ((first, second), by_time), color in zip(pairs.items(), palette(len(pairs)),
+                                                     strict=True):
+            points = {t: run.by_step(column).get(first) for t, run in by_time.items()}
+            if alone:
+                points |= {t: alone.by_step(column).get(step)
+                           for t, step in ((0, first), (1, second))}
+            times = sorted(t for t, value in points.items() if value is not None)
+            axis.plot(times, [points[t] for t in times], "o-", color=color,
+                      label=f"step {first:,.0f}, from t on step {second:,.0f}")
+        axis.set(title=title + " to held-out" * (name in ("sw", "kid")), xlabel="t")
+    save_figure(figure, path, "drawn with two snapshots in turn")
+
+
 # A figure of a run: its file, what draws it, the columns and tables it needs (their beginnings).
 RUN_FIGURES = (("run_{}.png", plot_run, "step"), ("metrics_{}.png", plot_metrics, "auth_share"),
                ("levels_{}.png", plot_levels, "heldout_loss_level"),
@@ -1610,7 +1640,7 @@ def draw_all(runs, found, folder, study):
     sweeps, to be drawn behind these, or {}.
     """
     seen = set()
-    for run in runs:
+    for run in [run for run in runs if not run.options.get("setting_switch")]:
         data = [*run.log, *run.metrics, *run.tables, *(f"{name} control" for name in run.controls)]
         data += ["neighbours"] if snapshot_files(run) else []
         for name, draw, needs in RUN_FIGURES:
@@ -1620,6 +1650,9 @@ def draw_all(runs, found, folder, study):
                 draw(run, folder / name.format(run.stem))
         seen.add(run.key())
     for factor, groups in found.items():
+        if factor == "setting_switch":
+            plot_switch(groups, folder / f"switch_{runs[0].stem}.png")
+            continue
         plot_sweep(factor, groups, folder / f"sweep_{factor}.png", study.get(factor))
         plot_onset(factor, groups, folder / f"onset_{factor}.png", runs)
 
@@ -1636,7 +1669,7 @@ def report(roots, study):
     damaged, old = [], {}
     groups = find_runs(*roots, damaged=damaged) if roots else {Path("paper_figures"): study_runs()}
     if roots and run_folders(Path(roots[0])):
-        kinds = {name.split("_")[0] for name, *_ in RUN_FIGURES} | {"sweep", "onset"}
+        kinds = {name.split("_")[0] for name, *_ in RUN_FIGURES} | {"sweep", "onset", "switch"}
         for folder in groups:                   # figures/, or a folder of a family in it
             folder = folder.parent if folder.parent.name == "figures" else folder
             old |= {file: file.stat().st_ino for file in folder.rglob("*.*")

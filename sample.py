@@ -292,10 +292,8 @@ def make_parser():
     p.add_argument("--clip", action=argparse.BooleanOptionalAction, help="clamp x0 to [-1, 1] at "
                    "each step (by default as the noise process needs it: ddpm yes, flow no)")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--switch-to", type=int, default=0, metavar="STEP", help="the snapshot to draw "
-                   "with from --switch-at on (0: none)")
-    p.add_argument("--switch-at", type=float, default=0.0, metavar="T", help="the time, 1 noise to "
-                   "0 image, from which --switch-to's weights take over")
+    p.add_argument("--switch", default="", metavar="STEP@T", help="from time T (1 noise, 0 image) "
+                   "on, draw with the weights of snapshot STEP instead, say 4096@0.5")
     p.add_argument("--exact", action="store_true", help="sample with the closed-form optimal "
                    "denoiser of the training subset instead of the network, into samples/exact.npz")
     p.add_argument("--data", help="where the training images are, if not where train.py found them "
@@ -316,10 +314,9 @@ def parse(argv):
         raise InputError("--num and --batch-size: must be at least 1, --num below 1e8")
     if not 0 <= args.eta <= 1:
         raise InputError(f"--eta {args.eta}: must be 0 to 1")
-    if (not 0 <= args.switch_at < 1 or (args.switch_at > 0) != (args.switch_to > 0)
-            or args.exact and args.switch_to):
-        raise InputError(f"--switch-to {args.switch_to}, --switch-at {args.switch_at}: give both, "
-                         "a snapshot's step and a time above 0 and below 1, and no --exact")
+    if args.switch and (args.exact or not re.fullmatch(r"[1-9]\d*@0?\.\d*[1-9]", args.switch)):
+        raise InputError(f"--switch {args.switch}: must be a snapshot's step and a time between 0 "
+                         "and 1, say 4096@0.5, without --exact")
     return args
 
 
@@ -365,7 +362,7 @@ def draw(args, net, process, settings, record, device, name):
 def network(args, process, record, device):
     """The net(xt, t, labels) to draw with, and load(step), which gives it a snapshot's weights.
 
-    With --switch-to it is two networks, one for the times above --switch-at, one for the others.
+    With --switch it is two networks, one for the times above its T, one for the others.
     """
     if args.exact:
         data = load_subset(args.run, record, args.data)
@@ -374,14 +371,15 @@ def network(args, process, record, device):
                           labels if record["classes"] else None), lambda step: None)
     net = load_net(args.run, record, device)
     early = late = compiled(net, device, args.compile)
-    if args.switch_to:
+    if args.switch:
+        step, switch_at = args.switch.split("@")
         second = load_net(args.run, record, device)
-        load_ema(second, args.run, record, args.switch_to)
+        load_ema(second, args.run, record, int(step))
         late = compiled(second, device, args.compile)
 
     def mixed(xt, t, labels):
         # Asking for t waits for the device; without a switch there is nothing to ask.
-        chosen = late if late is not early and t[0] <= args.switch_at else early
+        chosen = late if args.switch and t[0] <= float(switch_at) else early
         with autocast(device, args.amp):
             return chosen(xt, t, labels)
     return mixed, lambda step: load_ema(net, args.run, record, step)
@@ -400,7 +398,8 @@ def main(argv=None):
     sampling_times(process, settings["sampling_steps"])
     steps = snapshots(args.run)
     wanted = [("--steps-only", step) for step in args.steps_only or ()]
-    for flag, step in wanted + [("--switch-to", args.switch_to)] * (args.switch_to > 0):
+    wanted += [("--switch", int(args.switch.split("@")[0]))] if args.switch else []
+    for flag, step in wanted:
         if step not in steps:
             raise InputError(f"{flag} {step}: {args.run}/snapshots has no snapshot of that step")
     if not args.exact and not steps:

@@ -389,3 +389,34 @@ def test_every_script_has_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(name).main(["--help"])
     assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_two_snapshots_in_turn_are_drawn_against_the_time_of_the_switch(tmp_path, monkeypatch):
+    run = made_up(tmp_path)
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    copies = {row["step"]: float(row["copy_ratio"]) for row in rows}
+    for first, second in (("64", "4096"), ("4096", "64")):
+        rows += [{"set": f"switch{second}@{t}", "step": first, "setting_switch": f"{second}@{t}",
+                  "copy_ratio": t, "sharpness": 2 * t, "sw_pixels_train": 1, "sw_pixels_heldout": t}
+                 for t in (0.5, 0.25)]
+    write_csv(run / "metrics.csv", rows)
+    seen = {}
+
+    def keep(figure, path, title, real=plot.save_figure):
+        if path.name.startswith("switch"):
+            seen.update({axis.get_title(): [line.get_xydata().tolist() for line in axis.lines]
+                         for axis in figure.axes})
+        real(figure, path, title)
+    monkeypatch.setattr(plot, "save_figure", keep)
+    plot.main([str(tmp_path)])
+    for title, scale in (("copy ratio (d1/d2 < 1/3)", 1), ("sharpness (gradient energy)", 2)):
+        lines = sorted(seen[title])
+        ends = sorted((copies["64"], copies["4096"]))
+        assert all([x for x, _ in line] == [0, 0.25, 0.5, 1] for line in lines)
+        assert all([y for _, y in line[1:3]] == [0.25 * scale, 0.5 * scale] for line in lines)
+        if scale == 1:
+            assert [lines[0][k][1] for k in (0, -1)] == pytest.approx(ends)
+            assert [lines[1][k][1] for k in (-1, 0)] == pytest.approx(ends)
+    drawn = {file.name.split("_")[0] for file in tmp_path.rglob("*.png")}
+    assert "switch" in drawn and "onset" not in drawn and "sweep" not in drawn

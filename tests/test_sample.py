@@ -178,7 +178,7 @@ def test_samples_file_and_grid(sampled_run):
         assert found.images.shape == (12, 8, 8, 3) and found.images.dtype == np.uint8
         assert (found.labels == -1).all()
         assert found.settings == {"sampling_steps": 5, "eta": 0.0, "clip": True, "seed": 0,
-                                  "switch_to": 0, "switch_at": 0.0}
+                                  "switch": ""}
         assert (sampled_run / f"samples/steps5/{step:07d}.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -249,10 +249,10 @@ def test_another_snapshot_takes_over_at_a_time(sampled_run, tmp_path):
                    {"run": train.identity(record), "step": step, "ema": net.state_dict()})
     argv = [str(run), "--num", "6", "--sampling-steps", "4", "--steps-only", "4", "--device", "cpu"]
     for at in (0.1, 0.5, 0.9):                  # of the times 1, .75, .5, .25
-        sample.main([*argv, "--switch-to", "16", "--switch-at", str(at)])
+        sample.main([*argv, "--switch", f"16@{at}"])
         x, _ = sample.sample(lambda xt, t, labels, at=at: nets[16 if t[0] <= at else 4](
             xt, t, labels), process, (3, 8, 8), [(0, i) for i in range(6)], 4, clip=True)
-        found = sample.read_samples(run / f"samples/steps4_switch_to16_switch_at{at}/0000004.npz")
+        found = sample.read_samples(run / f"samples/steps4_switch16@{at}/0000004.npz")
         wanted = ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().numpy()
         assert np.abs(found.images - wanted).max() <= 1
 
@@ -274,10 +274,8 @@ def test_samples_made_before_an_option_existed_had_its_default(sampled_run, tmp_
 
 
 @pytest.mark.parametrize(("more", "words"), [
-    (["--switch-to", "5", "--switch-at", ".5"], ["--switch-to 5", "no snapshot"]),
-    (["--switch-to", "4"], ["--switch-to 4", "--switch-at"]),
-    (["--switch-to", "4", "--switch-at", "1"], ["--switch-at 1"]),
-    (["--exact", "--switch-to", "4", "--switch-at", ".5"], ["--exact"]),
+    (["--switch", "5@0.5"], ["--switch 5", "no snapshot"]), (["--switch", "4"], ["--switch 4"]),
+    (["--switch", "4@1"], ["--switch 4@1"]), (["--exact", "--switch", "4@0.5"], ["--exact"]),
     (["--steps-only", "5"], ["--steps-only 5"]),
     (["--num", "0"], ["--num"]),
     (["--eta", "2"], ["--eta 2"]),
