@@ -192,9 +192,8 @@ def samples_path(run, name, step):
 
 
 def write_samples(path, images, labels, settings, out_of_range, run):
-    """A samples file with what made it (settings, the run's identity), and a PNG of the first 64.
-
-    Both atomically.
+    """A samples file with what made it (settings, the run's identity), and a PNG of the first 64,
+    each atomically.
     """
     n, H, W, C = images[:64].shape
     sheet = np.full((-(-n // 8) * (H + 1) + 1, 8 * (W + 1) + 1, C), 255, np.uint8)

@@ -107,6 +107,7 @@ class Process(NamedTuple):
         a, s = self.schedule(t)
         return 2 * (a.log() - s.log())
 
+
 @functools.lru_cache
 def _alpha_bar(device):
     """alpha_bar_k = prod (1 - beta_i), i = 1 .. k, for k = 0 .. 1000, float64 on `device`."""
@@ -183,8 +184,8 @@ class Block(nn.Module):
         elif self.resample == "up":                                 # (B, i, 2H, 2W)
             h, x = double(h), double(x)
         h = self.conv1(h)                                           # (B, o, H, W)
-        # (B, o, 1, 1) each
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        modulation = self.modulation(embedding)[:, :, None, None]   # (B, 2o, 1, 1)
+        scale, shift = modulation.chunk(2, dim=1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
         return self.skip(x) + self.conv2(h)
 
@@ -209,8 +210,7 @@ class Attention(nn.Module):
         q = F.normalize(q, dim=-1) * (self.scale * (C // self.heads) ** 0.5)
         h = F.scaled_dot_product_attention(q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v,
                                            scale=1.0)
-        # (B, C, H, W), channels_last
-        h = h.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        h = h.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)       # channels_last
         return x + self.out(h)
 
 
@@ -338,6 +338,7 @@ def train(args, record, out, data, net, device, rank=0, world=1):
 
     Of `world` processes each takes its share of every batch; the first one evaluates and writes.
     """
+    # The network, its moving average, Adam, and the step that they are at: 0, or the checkpoint's.
     state = set_up(args, record, out, net, device, rank)
     if state.step == args.steps:
         return say(rank, f"{out}: finished at step {state.step}; nothing to do")
@@ -402,8 +403,8 @@ def update(state, loss, step, ema):
         decay = min(ema, (1 + step) / (10 + step))  # warmed up, else it remembers the first weights
         torch._foreach_lerp_(list(state.average.parameters()), list(state.net.parameters()),
                              1 - decay)
-        for mine, other in zip(state.average.buffers(), state.net.buffers(), strict=True):
-            mine.copy_(other)
+        for kept, trained in zip(state.average.buffers(), state.net.buffers(), strict=True):
+            kept.copy_(trained)
 
 
 def save_and_evaluate(state, splits, args, out, rate):
@@ -451,12 +452,12 @@ def evaluate(net, process, images, labels, count, amp="auto"):
     order = torch.randperm(count, generator=generator("cpu", "evaluation", count))
     u = (order + 0.5) / count                           # one t in each of `count` slices of [0, 1]
     for block, index in enumerate(torch.arange(count).split(256)):
-        mine = send(index % n, device)
-        x0, t = to_float(images[mine]), send(process.snap(u[index]), device)
+        chosen = send(index % n, device)
+        x0, t = to_float(images[chosen]), send(process.snap(u[index]), device)
         eps = send(torch.randn(x0.shape, generator=generator("cpu", "evaluation", block)), device)
         with autocast(device, amp):
             losses.append(diffusion_loss(net, process, x0, t, eps,
-                                         None if labels is None else labels[mine]))
+                                         None if labels is None else labels[chosen]))
     losses = torch.cat(losses).double().cpu().numpy()
     level = np.minimum((u.numpy() * LEVELS).astype(int), LEVELS - 1)
     return losses.mean(), (np.bincount(level, losses, LEVELS)
@@ -907,10 +908,10 @@ def read_run(run):
         record |= {"options": options, "free": FREE,
                    "labels": record.get("labels", list(range(record["classes"])))}
         check_record(record)
-        known = PROCESSES.get(options["process"])
-    if known is None:
+        process = PROCESSES.get(options["process"])
+    if process is None:
         raise InputError(f"{path}: --process {options['process']} is none that train.py knows")
-    if record.get("process_fingerprint", fingerprint(known)) != fingerprint(known):
+    if record.get("process_fingerprint", fingerprint(process)) != fingerprint(process):
         raise InputError(f"{path}: --process {options['process']} computes something else today "
                          "than when this run was trained")
     return record
