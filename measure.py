@@ -284,45 +284,7 @@ def precision_recall(samples, real, k=3):
     return inside(samples, real), inside(real, samples)
 
 
-# --- Caches: kept in data/cache under what they are made of ---------------------------------------
-
-say_once = functools.cache(functools.partial(print, flush=True))
-FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
-
-
-def digest_of(*things):
-    """64 hex digits of tensors, processes, functions, and what prints as what it is."""
-    digest = hashlib.sha256()
-    for x in things:
-        if isinstance(x, torch.Tensor):
-            digest.update(x.contiguous().cpu().numpy())
-        text = ((x.shape, x.dtype) if isinstance(x, torch.Tensor)
-                else train.fingerprint(x) if isinstance(x, train.Process)
-                else inspect.getsource(x) if inspect.isroutine(x) else getattr(x, "key", x))
-        digest.update(repr(text).encode())
-    return digest.hexdigest()
-
-
-def cached(function, *things, made_by=FILES):
-    """function(*things), kept in data/cache: tensors, which may come back on the CPU, or numbers.
-
-    Under what it is made of: the things, and the code, which is all of it unless `made_by` says
-    less. The file says so, too; one that says otherwise, or is damaged, is made anew.
-    """
-    key = digest_of(made_by, getattr(function, "__name__", ""), *things)
-    path = Path(f"data/cache/{key[:32]}.pt")
-    try:
-        return train.load_checkpoint(path, key, 0)["value"]
-    except InputError:
-        value = function(*things)
-    try:
-        train.save(path, {"run": key, "step": 0, "value": value})
-    except OSError:
-        say_once("data/cache: cannot be written, so nothing is kept there")
-    return value
-
-
-# --- Features -------------------------------------------------------------------------------------
+# --- What a metric sees ---------------------------------------------------------------------------
 
 
 class Space(NamedTuple):
@@ -343,121 +305,6 @@ class Space(NamedTuple):
 def pixel_features(images):
     """uint8 images (n, H, W, C) -> their numbers in [-1, 1] as float32 (n, H W C)."""
     return to_float(images).permute(0, 2, 3, 1).flatten(1)
-
-
-@torch.inference_mode()
-def network_features(net, images, flag="net", size=None, mean=0.0, std=1.0, batch=128):
-    """uint8 images (n, H, W, C) -> net(images (B, 3, H, W) in [0, 1]), float32 (n, D).
-
-    size: resize to size x size first; mean, std: numbers or (1, 3, 1, 1). Raises InputError, naming
-    the flag, where the network fails or returns anything but finite (B, D).
-    """
-    features = []
-    for part in tqdm(images.split(batch), desc="features", unit="batch", leave=False, disable=None):
-        x = part.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1).contiguous() / 255
-        if size:
-            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-        with reading(f"{flag}, given {tuple(x.shape)}"):
-            y = net((x - mean) / std)
-            if not isinstance(y, torch.Tensor) or y.dim() != 2 or len(y) != len(x):
-                raise TypeError(f"returns {getattr(y, 'shape', type(y).__name__)}, "
-                                f"must be a tensor ({len(x)}, D)")
-            if not y.isfinite().all():
-                raise ValueError("returns numbers that are not finite")
-        features.append(y.float())
-    return torch.cat(features)
-
-
-def inception_net(state):
-    """The Inception v3 of FID, (B, 3, 299, 299) in [-1, 1] -> (B, 2048), from a state dict.
-
-    As pytorch-fid 0.3.0 computes it: torchvision's network, but average pools do not count the
-    padding, the last block has a max pool, and there are 1,008 classes. Raises InputError.
-    """
-    with train.needs_torchvision("--features inception"):
-        from torchvision.models import inception as tv
-
-    def patched(block, pool=lambda x: F.avg_pool2d(x, 3, stride=1, padding=1,
-                                                   count_include_pad=False)):
-        class FIDBlock(block):
-            def _forward(self, x):                      # the pool's branch is the last one
-                return super()._forward(x)[:-1] + [self.branch_pool(self.pool(x))]
-        FIDBlock.pool = staticmethod(pool)
-        return FIDBlock
-    blocks = [tv.BasicConv2d, patched(tv.InceptionA), tv.InceptionB, patched(tv.InceptionC),
-              tv.InceptionD, patched(tv.InceptionE), tv.InceptionAux]
-    net = tv.Inception3(num_classes=1008, aux_logits=False, transform_input=False,
-                        inception_blocks=blocks, init_weights=False, dropout=0.0)
-    net.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, stride=1, padding=1)
-    with reading("--weights: not the state dict of the FID Inception graph"):
-        net.load_state_dict({k: v for k, v in state.items() if not k.startswith("AuxLogits.")})
-    net.fc = torch.nn.Identity()
-    return net.eval().requires_grad_(False)
-
-
-def load_inception(weights, device):
-    """The space of FID: weights from a file, or (None) pytorch-fid's GitHub release, kept by torch.
-
-    Raises InputError where they cannot be had or are damaged, saying what to fetch and where to.
-    """
-    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.split("/")[-1])
-    if weights is None:
-        with reading("--features inception: the weights cannot be had",
-                     f"fetch {WEIGHTS_URL} to {path}, or name the file with --weights"):
-            torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False,
-                                               map_location="cpu")
-    with reading(f"--weights {path}"):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    net = inception_net(state).to(device)
-    if digest not in WEIGHTS_URL:
-        print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not "
-              "comparable", flush=True)
-    return Space("inception", functools.partial(
-        network_features, net, flag="--features inception", size=299, mean=0.5, std=0.5), digest)
-
-
-def load_network(flag, path, device, **options):
-    """The space of a saved network, uint8-like images (B, 3, H, W) in [0, 1] -> (B, D).
-
-    A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. Named by
-    the file's stem and digest. options: of network_features. Raises InputError.
-    """
-    with reading(f"{flag} {path}"):
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-        if Path(path).suffix == ".pt2":
-            logging.getLogger("torch.export").disabled = True   # it prints tracebacks, beside ours
-            net = torch.export.load(path).module().to(device)
-        else:
-            say_once(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; save it by "
-                     "torch.export as a .pt2 file")
-            net = torch.jit.load(path, map_location=device).eval()
-    extract = functools.partial(network_features, net, flag=f"{flag} {path}", **options)
-    return Space(f"{space_name(path)}-{digest}", extract, digest)
-
-
-def space_name(path):
-    """The word for a network's file in names of columns."""
-    return re.sub(r"[^\w.-]", "-", Path(path).stem)
-
-
-def load_sscd(path, device):
-    """The space of an SSCD model, images prepared as its authors' "small 288" transform does."""
-    mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1)
-                 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    space = load_network("--sscd", path, device, size=SSCD_SIZE, mean=mean, std=std)
-    return space._replace(name="sscd", extract=lambda x: F.normalize(space.extract(x), dim=1))
-
-
-def load_space(name, weights, device):
-    """The Space of --features: inception, pixels or a file."""
-    if name == "pixels":
-        return Space("pixels", pixel_features)
-    return load_inception(weights, device) if name == "inception" else load_network(
-        "--features", name, device)
-
-
-# --- What a metric sees ---------------------------------------------------------------------------
 
 
 class Subset:
@@ -983,54 +830,6 @@ def measure_denoisers(args, record, device):
         print(f"{run}/denoisers.csv: step {step}", flush=True)
 
 
-# --- Command line ---------------------------------------------------------------------------------
-
-
-def parse(argv):
-    """The options. Raises InputError on values that make no sense."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
-    add("run", type=Path, help="run folder, trained and sampled")
-    add("--features", help="space of FID, KID, SW, precision and recall: inception, pixels, or a "
-        "network (B, 3, H, W) in [0, 1] -> (B, D) saved by torch.export (.pt2) or as TorchScript; "
-        "it runs what its maker put in, so only a trusted one (inception for colour pictures of 32 "
-        "pixels or more that are no toys, else pixels)")
-    add("--weights", help="file of the FID Inception weights (downloaded)")
-    add("--sscd", help="file of an SSCD model, as --features takes: adds the study's own score")
-    add("--num", type=int, help="samples per snapshot (all); another number measures anew")
-    add("--planted", action="store_true", help="also measure planted copies of the training "
-        "images, into planted.csv: what each measure of copying catches")
-    add("--denoisers", action="store_true", help="only ask which known denoiser the network "
-        "follows, into denoisers.csv, from the snapshots alone")
-    add("--patch", type=int, default=3, help="width of the local denoiser's patches, odd")
-    add("--twin", type=Path, help="run trained on other images (--offset): only compare the two "
-        "models' samples from the same noise, into twin_NAME.csv")
-    add("--data", help="where the training images are, if not where train.py found them")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    args = p.parse_args(argv)
-    if args.num is not None and args.num < 1:
-        raise InputError(f"--num {args.num}: must be at least 1")
-    if args.patch < 1 or args.patch % 2 == 0:
-        raise InputError(f"--patch {args.patch}: must be odd, so that a pixel is in the middle")
-    return args
-
-
-@train.command_line
-def main(argv=None):
-    """Measure whatever is not done. Raises SystemExit(2) on bad input."""
-    args = parse(argv)
-    record, device = train.read_run(args.run), train.pick_device(args.device)
-    size, _, channels = record["image_shape"]
-    small = record["options"]["data"] == "toy" or size < 32 or channels < 3
-    args.features = args.features or ("pixels" if small else "inception")
-    torch.set_float32_matmul_precision("highest")               # no TF32: distances are small
-    torch.backends.cudnn.allow_tf32 = False
-    with train.locked(args.run, "measure", *WRITTEN):
-        stage = measure_twin if args.twin else measure_denoisers if args.denoisers else measure
-        stage(args, record, device)
-
-
 # --- Beyond the study: planted copies, twins ------------------------------------------------------
 
 
@@ -1115,6 +914,163 @@ def measure_twin(args, record, device):
     write_csv(path, rows)
     print(f"{path}: {len(rows)} steps; at the last, agreement {rows[-1]['agreement']:.3f}, of "
           f"pairs from different noise {rows[-1]['null_agreement']:.3f}", flush=True)
+
+
+# ==================================================================================================
+# Machinery. A reader who came for the metrics can stop here.
+# ==================================================================================================
+
+# --- Caches: kept in data/cache under what they are made of ---------------------------------------
+
+say_once = functools.cache(functools.partial(print, flush=True))
+FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
+
+
+def digest_of(*things):
+    """64 hex digits of tensors, processes, functions, and what prints as what it is."""
+    digest = hashlib.sha256()
+    for x in things:
+        if isinstance(x, torch.Tensor):
+            digest.update(x.contiguous().cpu().numpy())
+        text = ((x.shape, x.dtype) if isinstance(x, torch.Tensor)
+                else train.fingerprint(x) if isinstance(x, train.Process)
+                else inspect.getsource(x) if inspect.isroutine(x) else getattr(x, "key", x))
+        digest.update(repr(text).encode())
+    return digest.hexdigest()
+
+
+def cached(function, *things, made_by=FILES):
+    """function(*things), kept in data/cache: tensors, which may come back on the CPU, or numbers.
+
+    Under what it is made of: the things, and the code, which is all of it unless `made_by` says
+    less. The file says so, too; one that says otherwise, or is damaged, is made anew.
+    """
+    key = digest_of(made_by, getattr(function, "__name__", ""), *things)
+    path = Path(f"data/cache/{key[:32]}.pt")
+    try:
+        return train.load_checkpoint(path, key, 0)["value"]
+    except InputError:
+        value = function(*things)
+    try:
+        train.save(path, {"run": key, "step": 0, "value": value})
+    except OSError:
+        say_once("data/cache: cannot be written, so nothing is kept there")
+    return value
+
+
+# --- Networks' files ------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def network_features(net, images, flag="net", size=None, mean=0.0, std=1.0, batch=128):
+    """uint8 images (n, H, W, C) -> net(images (B, 3, H, W) in [0, 1]), float32 (n, D).
+
+    size: resize to size x size first; mean, std: numbers or (1, 3, 1, 1). Raises InputError, naming
+    the flag, where the network fails or returns anything but finite (B, D).
+    """
+    features = []
+    for part in tqdm(images.split(batch), desc="features", unit="batch", leave=False, disable=None):
+        x = part.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1).contiguous() / 255
+        if size:
+            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+        with reading(f"{flag}, given {tuple(x.shape)}"):
+            y = net((x - mean) / std)
+            if not isinstance(y, torch.Tensor) or y.dim() != 2 or len(y) != len(x):
+                raise TypeError(f"returns {getattr(y, 'shape', type(y).__name__)}, "
+                                f"must be a tensor ({len(x)}, D)")
+            if not y.isfinite().all():
+                raise ValueError("returns numbers that are not finite")
+        features.append(y.float())
+    return torch.cat(features)
+
+
+def inception_net(state):
+    """The Inception v3 of FID, (B, 3, 299, 299) in [-1, 1] -> (B, 2048), from a state dict.
+
+    As pytorch-fid 0.3.0 computes it: torchvision's network, but average pools do not count the
+    padding, the last block has a max pool, and there are 1,008 classes. Raises InputError.
+    """
+    with train.needs_torchvision("--features inception"):
+        from torchvision.models import inception as tv
+
+    def patched(block, pool=lambda x: F.avg_pool2d(x, 3, stride=1, padding=1,
+                                                   count_include_pad=False)):
+        class FIDBlock(block):
+            def _forward(self, x):                      # the pool's branch is the last one
+                return super()._forward(x)[:-1] + [self.branch_pool(self.pool(x))]
+        FIDBlock.pool = staticmethod(pool)
+        return FIDBlock
+    blocks = [tv.BasicConv2d, patched(tv.InceptionA), tv.InceptionB, patched(tv.InceptionC),
+              tv.InceptionD, patched(tv.InceptionE), tv.InceptionAux]
+    net = tv.Inception3(num_classes=1008, aux_logits=False, transform_input=False,
+                        inception_blocks=blocks, init_weights=False, dropout=0.0)
+    net.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, stride=1, padding=1)
+    with reading("--weights: not the state dict of the FID Inception graph"):
+        net.load_state_dict({k: v for k, v in state.items() if not k.startswith("AuxLogits.")})
+    net.fc = torch.nn.Identity()
+    return net.eval().requires_grad_(False)
+
+
+def load_inception(weights, device):
+    """The space of FID: weights from a file, or (None) pytorch-fid's GitHub release, kept by torch.
+
+    Raises InputError where they cannot be had or are damaged, saying what to fetch and where to.
+    """
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.split("/")[-1])
+    if weights is None:
+        with reading("--features inception: the weights cannot be had",
+                     f"fetch {WEIGHTS_URL} to {path}, or name the file with --weights"):
+            torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False,
+                                               map_location="cpu")
+    with reading(f"--weights {path}"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    net = inception_net(state).to(device)
+    if digest not in WEIGHTS_URL:
+        print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not "
+              "comparable", flush=True)
+    return Space("inception", functools.partial(
+        network_features, net, flag="--features inception", size=299, mean=0.5, std=0.5), digest)
+
+
+def load_network(flag, path, device, **options):
+    """The space of a saved network, uint8-like images (B, 3, H, W) in [0, 1] -> (B, D).
+
+    A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. Named by
+    the file's stem and digest. options: of network_features. Raises InputError.
+    """
+    with reading(f"{flag} {path}"):
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+        if Path(path).suffix == ".pt2":
+            logging.getLogger("torch.export").disabled = True   # it prints tracebacks, beside ours
+            net = torch.export.load(path).module().to(device)
+        else:
+            say_once(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; save it by "
+                     "torch.export as a .pt2 file")
+            net = torch.jit.load(path, map_location=device).eval()
+    extract = functools.partial(network_features, net, flag=f"{flag} {path}", **options)
+    return Space(f"{space_name(path)}-{digest}", extract, digest)
+
+
+def space_name(path):
+    """The word for a network's file in names of columns."""
+    return re.sub(r"[^\w.-]", "-", Path(path).stem)
+
+
+def load_sscd(path, device):
+    """The space of an SSCD model, images prepared as its authors' "small 288" transform does."""
+    mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1)
+                 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    space = load_network("--sscd", path, device, size=SSCD_SIZE, mean=mean, std=std)
+    return space._replace(name="sscd", extract=lambda x: F.normalize(space.extract(x), dim=1))
+
+
+def load_space(name, weights, device):
+    """The Space of --features: inception, pixels or a file."""
+    if name == "pixels":
+        return Space("pixels", pixel_features)
+    return load_inception(weights, device) if name == "inception" else load_network(
+        "--features", name, device)
 
 
 # --- The state of a sweep's runs ------------------------------------------------------------------
@@ -1251,6 +1207,54 @@ def sweep(argv):
         kept = {"all": 4 + left, "last": 5, "none": 0}[lists["KEEP"][0]]
         numbers = f"{rate:.0f}\t{images / rate / 3600:.2f}\t{kept * 4 * parameters / 1e9:.2f}"
         print(name, state, *values, numbers.replace("nan", "?"), " ".join(words), sep="\t")
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def parse(argv):
+    """The options. Raises InputError on values that make no sense."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("run", type=Path, help="run folder, trained and sampled")
+    add("--features", help="space of FID, KID, SW, precision and recall: inception, pixels, or a "
+        "network (B, 3, H, W) in [0, 1] -> (B, D) saved by torch.export (.pt2) or as TorchScript; "
+        "it runs what its maker put in, so only a trusted one (inception for colour pictures of 32 "
+        "pixels or more that are no toys, else pixels)")
+    add("--weights", help="file of the FID Inception weights (downloaded)")
+    add("--sscd", help="file of an SSCD model, as --features takes: adds the study's own score")
+    add("--num", type=int, help="samples per snapshot (all); another number measures anew")
+    add("--planted", action="store_true", help="also measure planted copies of the training "
+        "images, into planted.csv: what each measure of copying catches")
+    add("--denoisers", action="store_true", help="only ask which known denoiser the network "
+        "follows, into denoisers.csv, from the snapshots alone")
+    add("--patch", type=int, default=3, help="width of the local denoiser's patches, odd")
+    add("--twin", type=Path, help="run trained on other images (--offset): only compare the two "
+        "models' samples from the same noise, into twin_NAME.csv")
+    add("--data", help="where the training images are, if not where train.py found them")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    args = p.parse_args(argv)
+    if args.num is not None and args.num < 1:
+        raise InputError(f"--num {args.num}: must be at least 1")
+    if args.patch < 1 or args.patch % 2 == 0:
+        raise InputError(f"--patch {args.patch}: must be odd, so that a pixel is in the middle")
+    return args
+
+
+@train.command_line
+def main(argv=None):
+    """Measure whatever is not done. Raises SystemExit(2) on bad input."""
+    args = parse(argv)
+    record, device = train.read_run(args.run), train.pick_device(args.device)
+    size, _, channels = record["image_shape"]
+    small = record["options"]["data"] == "toy" or size < 32 or channels < 3
+    args.features = args.features or ("pixels" if small else "inception")
+    torch.set_float32_matmul_precision("highest")               # no TF32: distances are small
+    torch.backends.cudnn.allow_tf32 = False
+    with train.locked(args.run, "measure", *WRITTEN):
+        stage = measure_twin if args.twin else measure_denoisers if args.denoisers else measure
+        stage(args, record, device)
 
 
 if __name__ == "__main__":
