@@ -44,7 +44,8 @@ THRESHOLDS = {"": 1 / 3, "_quarter": 1 / 4, "_half": 1 / 2}     # of d1/d2; the 
 DUPLICATE_SHARE = 0.5       # see duplicate_groups
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
 SSCD_THRESHOLD = 0.6        # the study's: a higher cosine similarity to a training image is a copy
-SSCD_SIZE = 288             # its authors' "small 288" transform
+# Its authors' "small 288" transform: size, mean, std.
+SSCD_PREPARE = (288, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 
@@ -288,17 +289,32 @@ def precision_recall(samples, real, k=3):
 
 
 class Space(NamedTuple):
-    """A feature space: extract(uint8 images (n, H, W, C)) -> float32 (n, D)."""
-    name: str
-    extract: Callable
-    digest: str = "none"            # of the network's file, where there is one
+    """A feature space: that of a network from a file or, where net is None, of the pixels.
 
-    key = property(lambda s: digest_of(s.name, s.digest, network_features, inception_net))
+    digest: of the file; flag: the words for it in errors; prepare: size, mean and std, for
+    network_features.
+    """
+    name: str
+    net: Callable | None = None
+    digest: str = "none"
+    flag: str = ""
+    prepare: tuple = (None, 0.0, 1.0)
+
+    @property
+    def key(self):
+        """What features are kept under, beside the images; not all code, since they are slow."""
+        return digest_of(self.name, self.digest, self.prepare, network_features, inception_net)
+
+    def extract(self, images):
+        """uint8 images (n, H, W, C) -> float32 (n, D)."""
+        if self.net is None:
+            return pixel_features(images)
+        return network_features(self.net, images, self.flag, *self.prepare)
 
     def of_real(self, images):
         """extract, through the cache where a network is asked."""
-        if self.name == "pixels":
-            return self.extract(images)
+        if self.net is None:
+            return pixel_features(images)
         return cached(self.extract, images, made_by=self.key).to(images.device)
 
 
@@ -325,7 +341,7 @@ class Subset:
         views = [self.train, self.train.flip(2)] if flip else [self.train]
         self.search = torch.cat([pixel_features(view) for view in views])
         self.search_groups = self.groups.repeat(len(views))
-        self.space, self.sscd = space or Space("pixels", pixel_features), sscd
+        self.space, self.sscd = space or Space("pixels"), sscd
         self.most = min(most or len(self.heldout), len(self.heldout))
         self.key = digest_of(self.search, self.heldout, self.most, self.space, sscd)
 
@@ -479,7 +495,8 @@ def similarity(c):
     training image in SSCD features exceeds .6."""
     if c.subset.sscd is None:
         return {}
-    y, x = c.subset.references["sscd"].double(), c.subset.sscd.extract(c.images).double()
+    x, y = c.subset.sscd.extract(c.images), c.subset.references["sscd"]
+    x, y = (F.normalize(v, dim=1).double() for v in (x, y))
     highest = torch.cat([(part @ y.T).amax(1) for part in x.split(1024)])
     return share("sscd", highest > SSCD_THRESHOLD)
 
@@ -544,7 +561,7 @@ def open_samples(args, record, device, name, step):
         raise InputError(f"--num {num}: {path} holds only {len(images)}; run sample.py --num {num}")
     images = np.ascontiguousarray(images[:num])
     return (torch.from_numpy(images).to(device), found,
-            hashlib.sha256(images.tobytes()).hexdigest()[:8])
+            short_digest(images.tobytes()))
 
 
 def write_neighbours(path, c, digest="", step=-1, labels=()):
@@ -617,10 +634,8 @@ def measure(args, record, device):
     exact = [read(name, "exact")[0] for name in dict.fromkeys([*sets, ""])
              if sample.samples_path(run, name, "exact").exists()][:1] or [None]
     table = {key: rows[0] for key, rows in read_table(run / "metrics.csv").items()}
-    spaces = [load_space(args.features, args.weights, device)]
-    spaces += [load_sscd(args.sscd, device)] if args.sscd else []
     data = train.load_subset(run, record, args.data)
-    subset = Subset(data, options["flip"], device, *spaces,
+    subset = Subset(data, options["flip"], device, *load_spaces(args, device),
                     most=max(len(images) for images, _, _ in drawn.values()))
     write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in
                                        enumerate(subset.groups.tolist()) if g != i],
@@ -922,20 +937,29 @@ def measure_twin(args, record, device):
 
 # --- Caches: kept in data/cache under what they are made of ---------------------------------------
 
-say_once = functools.cache(functools.partial(print, flush=True))
 FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
+say_once = functools.cache(functools.partial(print, flush=True))
+
+
+def short_digest(content):
+    """8 hex digits of bytes, SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def digest_of(*things):
-    """64 hex digits of tensors, processes, functions, and what prints as what it is."""
+    """64 hex digits of tensors by their bytes, processes by what they compute, functions by their
+    source, and all else by its `key`, if it has one, or what it prints as.
+    """
     digest = hashlib.sha256()
-    for x in things:
-        if isinstance(x, torch.Tensor):
-            digest.update(x.contiguous().cpu().numpy())
-        text = ((x.shape, x.dtype) if isinstance(x, torch.Tensor)
-                else train.fingerprint(x) if isinstance(x, train.Process)
-                else inspect.getsource(x) if inspect.isroutine(x) else getattr(x, "key", x))
-        digest.update(repr(text).encode())
+    for thing in things:
+        if isinstance(thing, torch.Tensor):
+            digest.update(thing.contiguous().cpu().numpy())
+            thing = thing.shape, thing.dtype
+        elif isinstance(thing, train.Process):
+            thing = train.fingerprint(thing)
+        elif inspect.isroutine(thing):
+            thing = inspect.getsource(thing)
+        digest.update(f"{getattr(thing, 'key', thing)!r}\n".encode())
     return digest.hexdigest()
 
 
@@ -962,13 +986,14 @@ def cached(function, *things, made_by=FILES):
 
 
 @torch.inference_mode()
-def network_features(net, images, flag="net", size=None, mean=0.0, std=1.0, batch=128):
+def network_features(net, images, flag="", size=None, mean=0.0, std=1.0, batch=128):
     """uint8 images (n, H, W, C) -> net(images (B, 3, H, W) in [0, 1]), float32 (n, D).
 
-    size: resize to size x size first; mean, std: numbers or (1, 3, 1, 1). Raises InputError, naming
-    the flag, where the network fails or returns anything but finite (B, D).
+    size: resize to size x size first; mean, std: numbers, or three. Raises InputError, naming the
+    flag, where the network fails or returns anything but finite (B, D).
     """
     features = []
+    mean, std = (torch.tensor(v, device=images.device).reshape(-1, 1, 1) for v in (mean, std))
     for part in tqdm(images.split(batch), desc="features", unit="batch", leave=False, disable=None):
         x = part.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1).contiguous() / 255
         if size:
@@ -1023,24 +1048,22 @@ def load_inception(weights, device):
             torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False,
                                                map_location="cpu")
     with reading(f"--weights {path}"):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    net = inception_net(state).to(device)
+        digest = short_digest(path.read_bytes())
+        net = inception_net(torch.load(path, map_location="cpu", weights_only=True)).to(device)
     if digest not in WEIGHTS_URL:
         print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not "
               "comparable", flush=True)
-    return Space("inception", functools.partial(
-        network_features, net, flag="--features inception", size=299, mean=0.5, std=0.5), digest)
+    return Space("inception", net, digest, "--features inception", prepare=(299, 0.5, 0.5))
 
 
-def load_network(flag, path, device, **options):
-    """The space of a saved network, uint8-like images (B, 3, H, W) in [0, 1] -> (B, D).
+def load_network(flag, path, device):
+    """The space of a saved network, images (B, 3, H, W) in [0, 1] -> (B, D).
 
     A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. Named by
-    the file's stem and digest. options: of network_features. Raises InputError.
+    the file's stem and digest. Raises InputError.
     """
     with reading(f"{flag} {path}"):
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+        digest = short_digest(Path(path).read_bytes())
         if Path(path).suffix == ".pt2":
             logging.getLogger("torch.export").disabled = True   # it prints tracebacks, beside ours
             net = torch.export.load(path).module().to(device)
@@ -1048,8 +1071,7 @@ def load_network(flag, path, device, **options):
             say_once(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; save it by "
                      "torch.export as a .pt2 file")
             net = torch.jit.load(path, map_location=device).eval()
-    extract = functools.partial(network_features, net, flag=f"{flag} {path}", **options)
-    return Space(f"{space_name(path)}-{digest}", extract, digest)
+    return Space(f"{space_name(path)}-{digest}", net, digest, f"{flag} {path}")
 
 
 def space_name(path):
@@ -1057,20 +1079,18 @@ def space_name(path):
     return re.sub(r"[^\w.-]", "-", Path(path).stem)
 
 
-def load_sscd(path, device):
-    """The space of an SSCD model, images prepared as its authors' "small 288" transform does."""
-    mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1)
-                 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    space = load_network("--sscd", path, device, size=SSCD_SIZE, mean=mean, std=std)
-    return space._replace(name="sscd", extract=lambda x: F.normalize(space.extract(x), dim=1))
-
-
-def load_space(name, weights, device):
-    """The Space of --features: inception, pixels or a file."""
-    if name == "pixels":
-        return Space("pixels", pixel_features)
-    return load_inception(weights, device) if name == "inception" else load_network(
-        "--features", name, device)
+def load_spaces(args, device):
+    """The Space of --features (inception, pixels or a file), and that of --sscd, else None."""
+    if args.features == "pixels":
+        space = Space("pixels")
+    elif args.features == "inception":
+        space = load_inception(args.weights, device)
+    else:
+        space = load_network("--features", args.features, device)
+    if not args.sscd:
+        return space, None
+    sscd = load_network("--sscd", args.sscd, device)
+    return space, sscd._replace(name="sscd", prepare=SSCD_PREPARE)
 
 
 # --- The state of a sweep's runs ------------------------------------------------------------------

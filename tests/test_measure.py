@@ -614,7 +614,7 @@ def test_bad_samples_are_named(run, refused):
 def test_what_is_wrong_is_said_before_weights_are_loaded(run, refused, monkeypatch):
     def loaded(*args):
         raise AssertionError("the weights were asked for")
-    monkeypatch.setattr(measure, "load_space", loaded)
+    monkeypatch.setattr(measure, "load_spaces", loaded)
     refused(measure.main, [run, "--features", "inception", "--twin", "none"], "none")
     refused(measure.main, [run, "--features", "inception", "--twin", run], "share 8 images")
     refused(measure.main, [run, "--patch", "2"], "--patch 2")
@@ -707,10 +707,15 @@ def test_caches_follow_what_they_are_made_of(run, monkeypatch):
     measure.cached(count, x, "a", made_by=measure.FILES)
     assert len(calls) == 7
     # what is slow, features of a network, stays when other code changes
-    a, b = (measure.Space("net", count, digest) for digest in ("1", "2"))
-    for space in (a, a, b):
-        space.of_real(x)
-    assert len(calls) == 9
+    def net(x):
+        calls.append(x)
+        return x.flatten(1)
+    images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    a, b = (measure.Space("net", net, digest) for digest in ("1", "2"))
+    smaller = b._replace(prepare=(2, 0.0, 1.0))         # prepared otherwise, it is another space
+    for space in (a, a, b, smaller, smaller):
+        space.of_real(images)
+    assert len(calls) == 10
 
 
 def test_temporary_files_of_a_kill_go_and_those_of_other_stages_stay(run):
@@ -813,8 +818,8 @@ def test_similarity_counts_what_is_above_the_threshold(subset):
     samples = torch.stack([angles.cos(), 0 * angles, angles.sin(), 0 * angles], 1)
     c = measure.Context(subset.train[:4], subset)
     assert measure.similarity(c) == {}
-    subset.sscd = measure.Space("sscd", lambda images: samples)
     subset.references["sscd"] = torch.eye(4)[:2]
+    subset.sscd = measure.Space("sscd", lambda x: samples)
     row = measure.similarity(c)
     assert row["sscd_ratio"] == 0.5 and row["sscd_low"] < 0.5 < row["sscd_high"]
 
@@ -838,7 +843,7 @@ def test_sscd_and_planted_copies_on_a_run(run, tmp_path, stand_in, refused, monk
         images[:] = train.load_data("toy", 8, 8).train_images[0]
     change(run, 16, copy_one)
     capsys.readouterr()
-    monkeypatch.setattr(measure, "SSCD_SIZE", 32)
+    monkeypatch.setattr(measure, "SSCD_PREPARE", (32, *measure.SSCD_PREPARE[1:]))
     measure.main([str(run), "--sscd", str(stand_in), "--planted", "--device", "cpu"])
     assert capsys.readouterr().out.count("TorchScript") == 1
     row = metrics(run)[-1]
