@@ -27,7 +27,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +67,15 @@ def squared_distances(queries, references):
             r = r.double() - center
             blocks.append(torch.addmm(r.square().sum(1), q, r.T, alpha=-2))
         yield torch.cat(blocks, 1).add_(q.square().sum(1, keepdim=True)).clamp_(min=0)
+
+
+def k_nearest(queries, references, k):
+    """The squared distances to the k nearest references, float64, and their indices: (Q, k) each.
+
+    All distances are computed by squared_distances; two_nearest is faster and more exact.
+    """
+    parts = [d.topk(k, largest=False) for d in squared_distances(queries, references)]
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
 @contextlib.contextmanager
@@ -122,13 +130,13 @@ def _best_two(q, r, index, groups, barred):
     outside = groups[index] != groups[index.gather(1, first)]
     second = squared.masked_fill(~outside, math.inf).argmin(1, keepdim=True)
     pair = torch.cat([first, second], 1)
-    values, found = squared.gather(1, pair), index.gather(1, pair)
+    values, indices = squared.gather(1, pair), index.gather(1, pair)
     values[:, 1:][~outside.gather(1, second)] = math.inf
-    found[values == math.inf] = -1
-    return values, found
+    indices[values == math.inf] = -1
+    return values, indices
 
 
-def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
+def two_nearest(queries, references, groups=None, exclude=None):
     """The nearest reference of each query, and the nearest outside the group of that one.
 
     queries (Q, ...), references (N, ...), float, the same shape but for the first. groups (N,)
@@ -147,7 +155,7 @@ def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
     groups = torch.arange(len(r), device=r.device) if groups is None else groups
     distances = torch.full((len(q), 2), math.inf, dtype=torch.float64, device=q.device)
     indices = torch.full((len(q), 2), -1, dtype=torch.int64, device=q.device)
-    center, todo, k = r[:4096].mean(0), torch.arange(len(q), device=q.device), candidates
+    center, todo, k = r[:4096].mean(0), torch.arange(len(q), device=q.device), 8
     while len(todo):
         k, unsure = min(k, len(r)), []
         for part in todo.split(max(1, 2**24 // k)):
@@ -155,14 +163,14 @@ def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
             with exact_float32():
                 score, index, largest = _screen(
                     centered, r, center, k, None if exclude is None else exclude[part], groups)
-            values, found = _best_two(q[part], r, index, groups, score == math.inf)
+            values, nearest = _best_two(q[part], r, index, groups, score == math.inf)
             # A reference that was not picked scores at least max(score); the product's error is at
             # most 2 (D + 8) u (|q| + |r|)^2 with u = 2^-24, so its distance^2 is at least `beyond`.
             norm = centered.double().square().sum(1)
             error = 2 * (q.shape[1] + 8) * 2**-24 * (norm.sqrt() + largest) ** 2
             beyond = score.double().amax(1) + norm - error
             sure = (values[:, 1] < beyond) | (k == len(r))
-            distances[part[sure]], indices[part[sure]] = values[sure].sqrt(), found[sure]
+            distances[part[sure]], indices[part[sure]] = values[sure].sqrt(), nearest[sure]
             unsure.append(part[~sure])
         todo, k = torch.cat(unsure), 8 * k
     return distances, indices
@@ -191,8 +199,7 @@ def duplicate_groups(images):
     x = x[kept.to(x.device)]
     rank = min(10, max(2, len(x) // 200), len(x) - 1)
     if rank >= 2:
-        nearest = [d.topk(rank + 1, largest=False) for d in squared_distances(x, x)]
-        distance, index = (torch.cat(part)[:, 1:] for part in zip(*nearest, strict=True))
+        distance, index = (v[:, 1:] for v in k_nearest(x, x, rank + 1))     # the first is itself
         half = DUPLICATE_SHARE * distance[:, -1].sqrt()
         linked = distance.sqrt() < torch.minimum(half[:, None], half[index])        # (N, rank)
         rows, columns = linked.nonzero(as_tuple=True)
@@ -223,20 +230,20 @@ def fid(x, y):
     return float(shift.square().sum() + x.square().sum() + y.square().sum() - 2 * root)
 
 
-def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
+def sliced_wasserstein(x, y, projections=SW_PROJECTIONS):
     """Sliced 2-Wasserstein distance of vectors (n, D), as many in each set, and its standard error.
 
-    (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections` random unit vectors theta, a function
-    of the seed (Bonneel 2015); W_2 in one dimension pairs the sorted values. The error is the
-    jackknife's over tenths of the data, not the bootstrap's: an empirical W_2 shrinks with n, and
-    draws with replacement have fewer different points. nan for n < 10.
+    (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections` random unit vectors theta, always the
+    same (Bonneel 2015); W_2 in one dimension pairs the sorted values. The error is the jackknife's
+    over tenths of the data, not the bootstrap's: an empirical W_2 shrinks with n, and draws with
+    replacement have fewer different points. nan for n < 10.
     """
-    n, groups = len(x), groups if len(x) >= groups else 0
+    n, groups = len(x), 10 if len(x) >= 10 else 0
     # In a row, not in turn: every tenth sample may have the same class.
     member = torch.arange(n, device=x.device) * groups // n
     total, without = 0.0, torch.zeros(groups, dtype=torch.float64)
     theta = torch.randn(projections, x.shape[1], dtype=torch.float64,
-                        generator=torch.Generator().manual_seed(seed))
+                        generator=torch.Generator().manual_seed(0))
     for part in F.normalize(theta, dim=1).to(x.device).split(256):
         (a, order_a), (b, order_b) = ((part @ v.double().T).sort(1) for v in (x, y))
         total += float((a - b).square().mean(1).sum())                          # (projections, n)
@@ -245,8 +252,8 @@ def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
             difference = (a[group_a != k] - b[group_b != k]).reshape(len(a), -1)
             without[k] += difference.square().mean(1).sum().cpu()
     without = (without / projections).sqrt()
-    spread = (without - without.mean()).square().sum() if groups else math.nan
-    return math.sqrt(total / projections), float((1 - 1 / max(groups, 1)) * spread) ** 0.5
+    variance = (1 - 1 / groups) * (without - without.mean()).square().sum() if groups else math.nan
+    return math.sqrt(total / projections), float(variance) ** 0.5
 
 
 def kid(x, y):
@@ -279,9 +286,9 @@ def precision_recall(samples, real, k=3):
         return math.nan, math.nan
 
     def inside(a, b):
-        radius = torch.cat([d.kthvalue(k + 1, dim=1).values for d in squared_distances(b, b)])
-        return float(torch.cat([(d <= radius).any(1)
-                                for d in squared_distances(a, b)]).double().mean())
+        radius = k_nearest(b, b, k + 1)[0][:, k]
+        covered = [(d <= radius).any(1) for d in squared_distances(a, b)]
+        return float(torch.cat(covered).double().mean())
     return inside(samples, real), inside(real, samples)
 
 
@@ -334,25 +341,28 @@ class Subset:
     def __init__(self, data, flip, device, space=None, sscd=None, most=None):
         self.train = torch.from_numpy(data.train_images).to(device)
         self.heldout = torch.from_numpy(data.heldout_images).to(device)
-        self.groups = cached(duplicate_groups, pixel_features(self.train)).to(device)
+        self.search = pixel_features(self.train)
+        self.groups = self.search_groups = cached(duplicate_groups, self.search).to(device)
         if len(self.groups.unique()) < 2:
             raise InputError("the training images are all near-duplicates of one another: d1/d2 "
                              "has no meaning")
-        views = [self.train, self.train.flip(2)] if flip else [self.train]
-        self.search = torch.cat([pixel_features(view) for view in views])
-        self.search_groups = self.groups.repeat(len(views))
+        if flip:
+            self.search = torch.cat([self.search, pixel_features(self.train.flip(2))])
+            self.search_groups = self.groups.repeat(2)
         self.space, self.sscd = space or Space("pixels"), sscd
         self.most = min(most or len(self.heldout), len(self.heldout))
         self.key = digest_of(self.search, self.heldout, self.most, self.space, sscd)
 
     def nearest(self, images, exclude=None):
         """two_nearest of uint8 images: distances and indices, each (n, 2)."""
-        distances, i = (x.to(self.train.device) for x in cached(
+        distances, indices = (x.to(self.train.device) for x in cached(
             two_nearest, pixel_features(images), self.search, self.search_groups, exclude))
-        return distances, torch.where(i < 0, i, i % len(self.train))
+        return distances, torch.where(indices < 0, indices, indices % len(self.train))
 
-    # The neighbours of each training image among those of other groups.
-    own = functools.cached_property(lambda s: s.nearest(s.train, s.groups))
+    @functools.cached_property
+    def own(self):
+        """The two nearest of each training image among those of other groups, as `nearest` says."""
+        return self.nearest(self.train, self.groups)
 
     @functools.cached_property
     def references(self):
@@ -362,27 +372,33 @@ class Subset:
                 "sscd": self.sscd and self.sscd.of_real(self.train)}
 
 
-@dataclass
 class Context:
-    """Pictures to be measured, uint8 (n, S, S, C), and what a metric may ask of them, once each."""
-    images: torch.Tensor
-    subset: Subset
-    splits: tuple = ("train", "heldout")        # what fidelity is measured against
+    """Pictures to be measured and what a metric may ask of them; `c` in all that follows.
 
-    count = property(lambda c: min(len(c.images), c.subset.most))       # fidelity's first pictures
-    features = functools.cached_property(lambda c: c.subset.space.extract(c.images[:c.count]))
-    pixels = functools.cached_property(lambda c: pixel_features(c.images))          # (n, D)
-    neighbours = functools.cached_property(lambda c: c.subset.nearest(c.images))
-    distances = property(lambda c: c.neighbours[0][:, 0])       # to the nearest training image
-    nearest = property(lambda c: c.neighbours[1][:, 0])         # its index
-    ratios = functools.cached_property(lambda c: copy_ratios(c.neighbours[0]))      # d1/d2
-    key = property(lambda c: digest_of(c.images, c.nearest, c.splits, c.subset))
+    images uint8 (n, S, S, C), pixels (n, D); distances (n,) to the nearest training image, nearest
+    (n,) its index, ratios (n,) d1/d2; count: fidelity takes so many, the first ones, and compares
+    them with `splits`. neighbours: the two nearest, if not those in subset.search.
+    """
+
+    def __init__(self, images, subset, splits=("train", "heldout"), neighbours=None):
+        self.images, self.subset, self.splits = images, subset, splits
+        self.pixels = pixel_features(images)
+        self.count = min(len(images), subset.most)
+        self.neighbours = neighbours or subset.nearest(images)      # distances, indices (n, 2)
+        self.distances, self.nearest = (x[:, 0] for x in self.neighbours)
+        self.ratios = copy_ratios(self.neighbours[0])
+        self.key = digest_of(images, self.nearest, splits, subset)
+
+    @functools.cached_property
+    def features(self):
+        """Of fidelity's pictures, float32 (count, D)."""
+        return self.subset.space.extract(self.images[:self.count])
 
 
 # --- Metrics: functions from a Context to columns -------------------------------------------------
 
 
-def share(name, hits, end=""):
+def share_columns(name, hits, end=""):
     """The share of True in hits (n,), with its 95 % Wilson interval: columns NAME_ratio, ..."""
     n, z = len(hits), 1.959964
     p, z2n = int(hits.sum()) / n, z * z / n
@@ -396,7 +412,7 @@ def copying(c):
     are copied at 1/3, and how often the most copied one is."""
     row = {}
     for end, threshold in THRESHOLDS.items():
-        row |= share("copy", c.ratios < threshold, end)
+        row |= share_columns("copy", c.ratios < threshold, end)
     copied = c.subset.groups[c.nearest[c.ratios < THRESHOLDS[""]]]
     counts = torch.bincount(copied, minlength=1)
     return row | {"distinct_copied": int((counts > 0).sum()), "most_copied": int(counts.max())}
@@ -473,11 +489,10 @@ def non_negative(x, y, sweeps=300):
 def mixture(c, k=10):
     """How far the pictures are from mixtures of training images: the median rms, over numbers in
     [-1, 1], of what the best non-negative combination of the k nearest leaves."""
-    known, left = c.subset.search, []
-    index = torch.cat([d.topk(min(k, len(known)), largest=False).indices
-                       for d in squared_distances(c.pixels, known)])
+    images, left = c.subset.search, []
+    _, index = k_nearest(c.pixels, images, min(k, len(images)))
     for x, i in zip(c.pixels.double().split(512), index.split(512), strict=True):
-        y = known[i].double()                                           # (rows, k, D)
+        y = images[i].double()                                          # (rows, k, D)
         left.append((x - (non_negative(x, y)[:, :, None] * y).sum(1)).square().mean(1).sqrt())
     return {"mixture_residual": float(torch.cat(left).median())}
 
@@ -498,7 +513,7 @@ def similarity(c):
     x, y = c.subset.sscd.extract(c.images), c.subset.references["sscd"]
     x, y = (F.normalize(v, dim=1).double() for v in (x, y))
     highest = torch.cat([(part @ y.T).amax(1) for part in x.split(1024)])
-    return share("sscd", highest > SSCD_THRESHOLD)
+    return share_columns("sscd", highest > SSCD_THRESHOLD)
 
 
 METRICS = (copying, authenticity, fidelity, replaced, sharpness, nearest_rms, mixture, near_samples,
@@ -598,8 +613,7 @@ def measure_controls(run, subset, exact):
     contexts = {"heldout": Context(subset.heldout.roll(-subset.most * apart, 0), subset,
                                    ("train", "heldout")[:1 + apart]),
                 "training": Context(subset.train[draws.to(subset.train.device)], subset),
-                "leave_one_out": Context(subset.train, subset)}
-    contexts["leave_one_out"].neighbours = subset.own
+                "leave_one_out": Context(subset.train, subset, neighbours=subset.own)}
     contexts |= {} if exact is None else {"exact": Context(exact, subset)}
     old, rows, found = {r.get("name"): r for r in train.read_csv(run / "controls.csv")}, [], {}
     for name, c in contexts.items():
@@ -886,7 +900,8 @@ def twin_row(c, d, shift=1):
     def agree(k):
         between = (x[k:] - y[:n - k]).norm(dim=1)
         return between < torch.minimum(c.distances[k:], d.distances[:n - k])
-    row, twin_rms = share("agreement", agree(0)), (x - y).norm(dim=1).median() / x.shape[1] ** 0.5
+    row = share_columns("agreement", agree(0))
+    twin_rms = (x - y).norm(dim=1).median() / x.shape[1] ** 0.5
     return {"samples": n, "agreement": row.pop("agreement_ratio"), **row,
             "null_agreement": float(agree(shift).double().mean()) if shift < n else math.nan,
             "twin_rms": float(twin_rms),
