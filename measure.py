@@ -381,13 +381,14 @@ class Context:
     """
 
     def __init__(self, images, subset, splits=("train", "heldout"), neighbours=None):
-        self.images, self.subset, self.splits = images, subset, splits
-        self.pixels = pixel_features(images)
+        self.images = torch.as_tensor(images, device=subset.train.device)
+        self.subset, self.splits = subset, splits
+        self.pixels = pixel_features(self.images)
         self.count = min(len(images), subset.most)
-        self.neighbours = neighbours or subset.nearest(images)      # distances, indices (n, 2)
+        self.neighbours = neighbours or subset.nearest(self.images)     # distances, indices (n, 2)
         self.distances, self.nearest = (x[:, 0] for x in self.neighbours)
         self.ratios = copy_ratios(self.neighbours[0])
-        self.key = digest_of(images, self.nearest, splits, subset)
+        self.key = digest_of(self.images, self.nearest, splits, subset)
 
     @functools.cached_property
     def features(self):
@@ -544,39 +545,147 @@ def loss_floor(process, images, labels, count):
     return train.evaluate(net, process, images, labels, count, amp="off")[1].tolist()
 
 
-# --- One run --------------------------------------------------------------------------------------
+# --- Controls and one run -------------------------------------------------------------------------
 
 
-def write_table(path, rows):
-    """Write dicts as CSV, with every column that any of them has."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    write_csv(path, [{c: row.get(c, "") for c in columns} for row in rows])
+def measure_controls(run, subset, exact):
+    """controls.csv and neighbours/CONTROL.npz. Returns {control: {metric: columns}}.
+
+    heldout: the held-out images as if they were samples, what a perfect generalizer draws; where
+    there are enough, those compared are others than the reference. training: draws of training
+    images, a perfect memorizer's. leave_one_out: each training image among the others. exact:
+    samples of the exact denoiser, uint8 (n, S, S, C), or None. Metrics are kept in the cache, and
+    the columns are those that METRICS have. What the file holds of another feature space stays, if
+    of as many pictures.
+    """
+    n, most, splits = len(subset.train), subset.most, ("train", "heldout")
+    heldout = subset.heldout
+    if 2 * most <= len(heldout):
+        heldout = heldout.roll(-most, 0)        # the first ones are the reference
+    else:
+        splits = ("train",)
+    draws = torch.randint(n, (max(n, most),), generator=generator("cpu", "control"))
+    contexts = {"heldout": Context(heldout, subset, splits),
+                "training": Context(subset.train[draws.to(heldout.device)], subset),
+                "leave_one_out": Context(subset.train, subset, neighbours=subset.own)}
+    if exact is not None:
+        contexts["exact"] = Context(exact, subset)
+    old = {row.get("name"): row for row in train.read_csv(run / "controls.csv")}
+    rows, results = [], {}
+    for name, c in contexts.items():
+        metrics = (copying, nearest_rms) if name == "leave_one_out" else METRICS
+        results[name] = {metric: cached(metric, c) for metric in metrics}
+        row = {"name": name, "images": len(c.images), "compared": c.count}
+        if all(str(value) == old.get(name, {}).get(key) for key, value in row.items()):
+            row |= old[name]
+        for columns in results[name].values():
+            row |= columns
+        rows.append(row)
+        write_neighbours(run / f"neighbours/{name}.npz", c)
+    write_csv(run / "controls.csv", rows)
+    return results
 
 
-def read_table(path):
-    """The rows of a table, by (set, step): {key: [row]}. Raises InputError: damaged, another's."""
-    table = {}
+@torch.inference_mode()
+def measure(args, record, device):
+    """All tables of a run. What is done is skipped, snapshot by snapshot and metric by metric."""
+    run, options, sets = args.run, record["options"], sample.sample_sets(args.run)
+    drawn = {(name, step): open_samples(run, record, name, step, args.num)
+             for name, steps in sets.items() for step in steps}
+    if not drawn:
+        raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
+    exact = next((open_samples(run, record, name, "exact").images for name in [*sets, ""]
+                  if sample.samples_path(run, name, "exact").exists()), None)
+    table = {key: rows[0] for key, rows in rows_by_snapshot(run / "metrics.csv").items()}
+    spaces, data = load_spaces(args, device), train.load_subset(run, record, args.data)
+    subset = Subset(data, options["flip"], device, *spaces,
+                    most=max(len(samples.images) for samples in drawn.values()))
+    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in
+                                       enumerate(subset.groups.tolist()) if g != i],
+              columns=("image", "duplicate_of"))
+    write_csv(run / "spectrum.csv", [
+        {"name": "", "set": name, "step": step, **power_spectrum(
+            torch.from_numpy(samples.images).to(device))}
+        for (name, step), samples in drawn.items()] + [
+        {"name": "heldout", **power_spectrum(subset.heldout)},
+        {"name": "training", **power_spectrum(subset.train)}])
+    controls = measure_controls(run, subset, exact)
+    common = {}
+    for columns in controls["heldout"].values():
+        common |= {f"null_{k}": value for k, value in columns.items() if k.startswith(NULLS)}
+    labels = torch.from_numpy(data.train_labels).to(device)
+    floor = cached(loss_floor, train.PROCESSES[options["process"]], subset.train,
+                   labels if record["classes"] else None, options["eval_images"])
+    common |= {f"floor_level{k}": value for k, value in enumerate(floor)}
+    measure_samples(args, options["batch"], drawn, subset, table, controls["training"], common)
+    if args.planted:
+        write_csv(run / "planted.csv", planted_rows(subset))
+        print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
+
+
+def measure_samples(args, batch, drawn, subset, table, columns, common):
+    """metrics.csv and neighbours/[SET/]STEP.npz of the samples that lack any of the columns.
+
+    drawn: {(set, step): Samples}; table: {(set, step): row of metrics.csv}; columns: {metric: its
+    columns}; common: columns that are the same in all rows.
+    """
+    run, spaces, todo = args.run, [s for s in (subset.space, subset.sscd) if s], []
+    for (name, step), samples in drawn.items():
+        row, digest = table.pop((name, step), {}), short_digest(samples.images.tobytes())
+        if row.get("samples_digest") != digest:
+            row = {}
+        for space in spaces:                    # features of other weights are other columns
+            if row.get(f"weights_{space.name}") != space.digest:
+                row = {k: value for k, value in row.items() if space.name not in k}
+        if row:
+            table[name, step] = row | common
+        lacking = [m for m, names in columns.items() if not all(row.get(k) for k in names)]
+        path = run / "neighbours" / name / f"{step:07d}.npz"
+        if lacking or not has_neighbours(path, digest, step):
+            todo.append((name, step, digest, lacking, path))
+    print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
+          f"{', '.join(s.name for s in spaces)}, on {subset.train.device}", flush=True)
+
+    def write():
+        write_csv(run / "metrics.csv", [table[key] for key in sorted(table)])
+    for name, step, digest, lacking, path in todo:
+        samples = drawn[name, step]
+        c = Context(samples.images, subset)
+        row = {"set": name, "step": step, "images": step * batch, "samples": len(c.images),
+               "samples_digest": digest}
+        row |= {f"setting_{k}": value for k, value in samples.settings.items()}
+        row |= {"out_of_range": samples.out_of_range} | table.get((name, step), {})
+        for metric in lacking:
+            row |= metric(c)
+        write_neighbours(path, c, digest, step, samples.labels)
+        table[name, step] = row | common | {f"weights_{s.name}": s.digest for s in spaces}
+        write()
+        print(f"step {step:7d}  {name}  copies {float(row['copy_ratio']):.4f}  FID train "
+              f"{float(row[f'fid_{subset.space.name}_train']):.2f}  held-out "
+              f"{float(row[f'fid_{subset.space.name}_heldout']):.2f}", flush=True)
+    write()
+
+
+def open_samples(run, record, name, step, num=None):
+    """The Samples of a set at a step, the first num (all), checked. Raises InputError."""
+    path, shape = sample.samples_path(run, name, step), tuple(record["image_shape"])
+    samples = sample.read_samples(path, train.identity(record))
+    count = len(samples.images)
+    if not count or samples.images.shape[1:] != shape:
+        raise InputError(f"{path}: {samples.images.dtype} {samples.images.shape}, "
+                         f"must be uint8 (num, {', '.join(map(str, shape))})")
+    if num and num > count:
+        raise InputError(f"--num {num}: {path} holds only {count}; run sample.py --num {num}")
+    return samples._replace(images=samples.images[:num], labels=samples.labels[:num])
+
+
+def rows_by_snapshot(path):
+    """The rows of a table by (set, step): {key: [row]}. Raises InputError: damaged, another's."""
+    rows = {}
     for row in train.read_csv(path):
         with reading(path, "delete it to measure anew"):
-            table.setdefault((row.get("set", ""), int(row["step"])), []).append(row)
-    return table
-
-
-def open_samples(args, record, device, name, step):
-    """The first --num samples of a snapshot, uint8 (n, S, S, C), checked; the file's Samples; and a
-    digest of these samples."""
-    path, shape = sample.samples_path(args.run, name, step), tuple(record["image_shape"])
-    num = None if step == "exact" else args.num
-    found = sample.read_samples(path, train.identity(record))
-    images = found.images
-    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
-        raise InputError(f"{path}: {images.dtype} {images.shape}, "
-                         f"must be uint8 (num, {', '.join(map(str, shape))})")
-    if num and num > len(images):
-        raise InputError(f"--num {num}: {path} holds only {len(images)}; run sample.py --num {num}")
-    images = np.ascontiguousarray(images[:num])
-    return (torch.from_numpy(images).to(device), found,
-            short_digest(images.tobytes()))
+            rows.setdefault((row.get("set", ""), int(row["step"])), []).append(row)
+    return rows
 
 
 def write_neighbours(path, c, digest="", step=-1, labels=()):
@@ -591,117 +700,10 @@ def write_neighbours(path, c, digest="", step=-1, labels=()):
 
 def has_neighbours(path, digest, step):
     """Whether the file is whole, and made of these samples."""
-    try:
-        with reading(path), np.load(path) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-            return (str(arrays["samples_digest"]), int(arrays["step"])) == (digest, step)
-    except InputError:
-        return False
-
-
-def measure_controls(run, subset, exact):
-    """controls.csv and neighbours/CONTROL.npz. Returns {control: {metric: columns}}.
-
-    heldout: the held-out images as if they were samples, what a perfect generalizer draws; where
-    there are enough, those compared are others than the reference. training: draws of training
-    images, a perfect memorizer's. leave_one_out: each training image among the others. exact:
-    samples of the exact denoiser, or None. Metrics are kept in the cache, and their columns are
-    those that METRICS have. What the file holds of another feature space stays, if of as many.
-    """
-    n, apart = len(subset.train), 2 * subset.most <= len(subset.heldout)
-    draws = torch.randint(n, (max(n, subset.most),), generator=generator("cpu", "control"))
-    contexts = {"heldout": Context(subset.heldout.roll(-subset.most * apart, 0), subset,
-                                   ("train", "heldout")[:1 + apart]),
-                "training": Context(subset.train[draws.to(subset.train.device)], subset),
-                "leave_one_out": Context(subset.train, subset, neighbours=subset.own)}
-    contexts |= {} if exact is None else {"exact": Context(exact, subset)}
-    old, rows, found = {r.get("name"): r for r in train.read_csv(run / "controls.csv")}, [], {}
-    for name, c in contexts.items():
-        metrics = (copying, nearest_rms) if name == "leave_one_out" else METRICS
-        found[name] = {metric: cached(metric, c) for metric in metrics}
-        row = {"name": name, "images": len(c.images), "compared": c.count}
-        same = all(str(value) == old.get(name, {}).get(key) for key, value in row.items())
-        rows.append(functools.reduce(dict.__or__, found[name].values(),
-                                     row | (old[name] if same else {})))
-        write_neighbours(run / f"neighbours/{name}.npz", c)
-    write_table(run / "controls.csv", rows)
-    return found
-
-
-def missing(row, digest, columns, spaces):
-    """What a row of metrics.csv says of samples with this digest, and the metrics that it lacks."""
-    row = row if row.get("samples_digest") == digest else {}
-    for s in spaces:
-        if row.get(f"weights_{s.name}") != s.digest:
-            row = {k: v for k, v in row.items() if s.name not in k}
-    return row, [m for m, names in columns.items() if not all(row.get(name) for name in names)]
-
-
-@torch.inference_mode()
-def measure(args, record, device):
-    """All tables of a run. What is done is skipped, snapshot by snapshot and metric by metric."""
-    run, options, sets = args.run, record["options"], sample.sample_sets(args.run)
-    read = functools.partial(open_samples, args, record, device)
-    drawn = {(name, step): read(name, step) for name, steps in sets.items() for step in steps}
-    if not drawn:
-        raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
-    exact = [read(name, "exact")[0] for name in dict.fromkeys([*sets, ""])
-             if sample.samples_path(run, name, "exact").exists()][:1] or [None]
-    table = {key: rows[0] for key, rows in read_table(run / "metrics.csv").items()}
-    data = train.load_subset(run, record, args.data)
-    subset = Subset(data, options["flip"], device, *load_spaces(args, device),
-                    most=max(len(images) for images, _, _ in drawn.values()))
-    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in
-                                       enumerate(subset.groups.tolist()) if g != i],
-              columns=("image", "duplicate_of"))
-    write_table(run / "spectrum.csv", [
-        {"name": "", "set": name, "step": step, **power_spectrum(images)}
-        for (name, step), (images, _, _) in drawn.items()] + [
-        {"name": "heldout", **power_spectrum(subset.heldout)},
-        {"name": "training", **power_spectrum(subset.train)}])
-    controls = measure_controls(run, subset, *exact)
-    floor = cached(loss_floor, train.PROCESSES[options["process"]], *train.data_on(
-        device, data, record["classes"])["train"], options["eval_images"])
-    same = {f"null_{k}": v for columns in controls["heldout"].values() for k, v in columns.items()
-            if k.startswith(NULLS)} | {f"floor_level{k}": v for k, v in enumerate(floor)}
-    measure_samples(args, options["batch"], drawn, subset, table, controls["training"], same)
-    if args.planted:
-        write_csv(run / "planted.csv", planted_rows(subset))
-        print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
-
-
-def measure_samples(args, batch, drawn, subset, table, columns, same):
-    """metrics.csv and neighbours/[SET/]STEP.npz of the samples that lack any of the columns.
-
-    columns: {metric: its columns}; same: columns that are the same in all rows.
-    """
-    run, spaces, todo = args.run, [s for s in (subset.space, subset.sscd) if s], []
-    for (name, step), (_, _, digest) in drawn.items():
-        row, lacking = missing(table.get((name, step), {}), digest, columns, spaces)
-        table[name, step] = row | same if row else {}
-        path = run / "neighbours" / name / f"{step:07d}.npz"
-        if lacking or not has_neighbours(path, digest, step):
-            todo.append((name, step, lacking, path))
-    print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
-          f"{', '.join(s.name for s in spaces)}, on {subset.train.device}", flush=True)
-
-    def write():
-        write_table(run / "metrics.csv", [table[key] for key in sorted(table) if table[key]])
-    for name, step, lacking, path in todo:
-        images, found, digest = drawn[name, step]
-        c = Context(images, subset)
-        row = {"set": name, "step": step, "images": step * batch, "samples": len(images),
-               "samples_digest": digest, **{f"setting_{k}": v for k, v in found.settings.items()},
-               "out_of_range": found.out_of_range} | table[name, step]
-        for metric in lacking:
-            row |= metric(c)
-        write_neighbours(path, c, digest, step, found.labels[:len(images)])
-        table[name, step] = row | same | {f"weights_{s.name}": s.digest for s in spaces}
-        write()
-        print(f"step {step:7d}  {name}  copies {float(row['copy_ratio']):.4f}  FID train "
-              f"{float(row[f'fid_{subset.space.name}_train']):.2f}  held-out "
-              f"{float(row[f'fid_{subset.space.name}_heldout']):.2f}", flush=True)
-    write()
+    with contextlib.suppress(InputError), reading(path):
+        arrays = train.read_npz(path)
+        return (str(arrays["samples_digest"]), int(arrays["step"])) == (digest, step)
+    return False
 
 
 # --- Which known denoiser does the network follow? ------------------------------------------------
@@ -842,7 +844,7 @@ def measure_denoisers(args, record, device):
     steps = sample.snapshots(run)
     if not steps:
         raise InputError(f"{run}: has no snapshots; train it first")
-    table = read_table(run / "denoisers.csv")
+    table = rows_by_snapshot(run / "denoisers.csv")
     data = train.data_on(device, train.load_subset(run, record, args.data), classes=True).values()
     rows_of = denoiser_study(process, [(x, k if record["classes"] else 0 * k) for x, k in data],
                              args.patch)
@@ -855,7 +857,7 @@ def measure_denoisers(args, record, device):
         sample.load_ema(net, run, record, step)
         table["", step] = [{"set": "", "step": step, **row, "made_of": made_of}
                            for row in rows_of(net)]
-        write_table(run / "denoisers.csv", [row for key in sorted(table) for row in table[key]])
+        write_csv(run / "denoisers.csv", [row for key in sorted(table) for row in table[key]])
         print(f"{run}/denoisers.csv: step {step}", flush=True)
 
 
@@ -887,26 +889,25 @@ def planted_rows(subset):
     return rows
 
 
-def twin_row(c, d, shift=1):
+def twin_row(c, twin, shift=1):
     """How the samples of two models trained on disjoint images agree, as columns.
 
-    c, d: Contexts of as many samples, sample i of each from the same noise. Two samples agree if
+    c, twin: Contexts of as many samples, sample i of each from the same noise. Two samples agree if
     they are nearer to each other than either is to its nearest training image, which copying alone
     cannot bring about (Kadkhodaie, figure 2). null_agreement: of sample i and i + shift, from
     different noise; shift: the number of classes. Distances are rms over numbers in [-1, 1].
     """
-    x, y, n = c.pixels.double(), d.pixels.double(), len(c.images)
+    x, y, n = c.pixels.double(), twin.pixels.double(), len(c.images)
 
-    def agree(k):
+    def agree(k):                               # sample i + k and the twin's sample i
         between = (x[k:] - y[:n - k]).norm(dim=1)
-        return between < torch.minimum(c.distances[k:], d.distances[:n - k])
+        return between < torch.minimum(c.distances[k:], twin.distances[:n - k])
     row = share_columns("agreement", agree(0))
-    twin_rms = (x - y).norm(dim=1).median() / x.shape[1] ** 0.5
     return {"samples": n, "agreement": row.pop("agreement_ratio"), **row,
             "null_agreement": float(agree(shift).double().mean()) if shift < n else math.nan,
-            "twin_rms": float(twin_rms),
+            "twin_rms": float((x - y).norm(dim=1).median() / x.shape[1] ** 0.5),
             "nearest_train_rms": nearest_rms(c)["nearest_rms"],
-            "twin_nearest_train_rms": nearest_rms(d)["nearest_rms"],
+            "twin_nearest_train_rms": nearest_rms(twin)["nearest_rms"],
             "copy_ratio": copying(c)["copy_ratio"]}
 
 
@@ -916,30 +917,29 @@ def measure_twin(args, record, device):
 
     Raises InputError where the runs share images, or have no samples with the same settings.
     """
-    runs = [(args, record), (argparse.Namespace(**vars(args) | {"run": args.twin}),
-                             train.read_run(args.twin))]
-    sets = [sample.sample_sets(a.run) for a, _ in runs]
-    name = min(set.intersection(*map(set, sets)), default="")
-    steps = sorted(set.intersection(*(set(s.get(name, ())) for s in sets)))
+    runs = [(args.run, record), (args.twin, train.read_run(args.twin))]
+    sets, twin_sets = (sample.sample_sets(run) for run, _ in runs)
+    name = min(sets.keys() & twin_sets.keys(), default="")
+    steps = sorted({*sets.get(name, ())} & {*twin_sets.get(name, ())})
     if not steps:
         raise InputError(f"--twin {args.twin}: no step has samples in both runs")
-    data = [train.load_subset(a.run, r, args.data) for a, r in runs]
-    shared = set.intersection(*({x.tobytes() for x in d.train_images} for d in data))
-    if shared:
-        raise InputError(f"--twin {args.twin}: the two training sets share {len(shared)} images; "
+    data = [train.load_subset(run, r, args.data) for run, r in runs]
+    images, twin_images = ({image.tobytes() for image in d.train_images} for d in data)
+    if shared := len(images & twin_images):
+        raise InputError(f"--twin {args.twin}: the two training sets share {shared} images; "
                          f"train one with --offset {record['options']['n']}")
-    subsets = [Subset(d, r["options"]["flip"], device)
-               for d, (_, r) in zip(data, runs, strict=True)]
+    subset, twin_subset = (Subset(d, r["options"]["flip"], device)
+                           for d, (_, r) in zip(data, runs, strict=True))
     shift, rows = len(record["labels"]) if record["classes"] else 1, []
     for step in steps:
-        both = [open_samples(a, r, device, name, step) for a, r in runs]
-        n = min(len(images) for images, _, _ in both)
-        one, other = (found for _, found, _ in both)
-        if one.settings != other.settings or (one.labels[:n] != other.labels[:n]).any():
+        samples, twins = (open_samples(run, r, name, step, args.num) for run, r in runs)
+        n = min(len(samples.images), len(twins.images))
+        if (samples.settings != twins.settings
+                or (samples.labels[:n] != twins.labels[:n]).any()):
             raise InputError(f"--twin {args.twin}: its samples of step {step} have other settings "
                              "or classes")
-        rows.append({"step": step, **twin_row(*(Context(images[:n], s) for (images, _, _), s in zip(
-            both, subsets, strict=True)), shift)})
+        rows.append({"step": step, **twin_row(Context(samples.images[:n], subset),
+                                              Context(twins.images[:n], twin_subset), shift)})
     path = args.run / f"twin_{args.twin.name}.csv"
     write_csv(path, rows)
     print(f"{path}: {len(rows)} steps; at the last, agreement {rows[-1]['agreement']:.3f}, of "
@@ -1181,8 +1181,8 @@ def sweep_state(run, options, drawing, args):
     settings = sample.settings_of(drawing, process)
     name, shots = sample.set_name(settings, process), shots | set(sample.snapshots(run))
     drawn = {s for s in shots if sample.samples_path(run, name, s).exists()}
-    rows = {key[1]: row for key, (row, *_) in read_table(run / "metrics.csv").items()
-            if key[0] == name and is_measured(row, settings, drawing, args)}
+    rows = {key[1]: row for key, (row, *_) in rows_by_snapshot(
+        run / "metrics.csv").items() if key[0] == name and is_measured(row, settings, drawing, args)}
     left = len(shots - (drawn & rows.keys()))
     state = (f"another run: {', '.join(other)}" if other else
              f"training, step {step} of {options.steps}" if step < options.steps else
