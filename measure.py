@@ -758,15 +758,16 @@ def per_class(make, process, images, labels):
 
     A class of fewer than two images takes all images.
     """
-    @functools.cache
-    def estimate(k):
-        return make(images[labels == k] if (labels == k).sum() > 1 else images)
+    estimates = {}
+    for k in labels.unique().tolist():
+        own = images[labels == k]
+        estimates[k] = make(own if len(own) > 1 else images)
 
-    def net(xt, t, wanted):
+    def net(xt, t, labels):
         (a, s), x0 = process.schedule(t), torch.empty_like(xt)
-        for k in wanted.unique().tolist():
-            rows = wanted == k
-            x0[rows] = estimate(k)(xt[rows], a[rows], s[rows])
+        for k in labels.unique().tolist():
+            rows = labels == k
+            x0[rows] = estimates[k](xt[rows], a[rows], s[rows])
         return process.prediction(xt, x0, t)
     return net
 
@@ -806,30 +807,32 @@ def denoiser_study(process, data, patch):
     where the model has no classes; else each reference is that of the class. The population's
     stand-in is the held-out images that are no inputs. rms over numbers in [-1, 1].
     """
-    (images, labels), (other, other_labels) = ((to_float(x).contiguous(), k) for x, k in data)
-    seen = torch.isin(other_labels, labels)         # what the model has a class for
-    other, other_labels = other[seen], other_labels[seen]
-    if len(other) < 2:
+    (images, labels), (heldout, heldout_labels) = data
+    images, heldout = to_float(images).contiguous(), to_float(heldout).contiguous()
+    has_class = torch.isin(heldout_labels, labels)      # one that the model was trained on
+    heldout, heldout_labels = heldout[has_class], heldout_labels[has_class]
+    if len(heldout) < 2:
         raise InputError("--denoisers: too few held-out images of the classes trained on")
-    m = min(INPUTS, len(other) // 2)
+    m = min(INPUTS, len(heldout) // 2)
     known = process, images, labels
     references = {"memorizer": sample.memorizer(*known), "gaussian": per_class(gaussian, *known),
                   "local": per_class(functools.partial(local, patch=patch), *known),
-                  "population": sample.memorizer(process, other[m:], other_labels[m:])}
-    fixed = {"heldout": noised(process, other[:m], other_labels[:m]),
-             "training": noised(process, images[:INPUTS], labels[:INPUTS])}
-    expected = functools.cache(lambda kind, name: x0_of(references[name], process, *fixed[kind]))
-    classes = labels.unique()
-    wanted = classes[torch.arange(INPUTS, device=labels.device) % len(classes)]
+                  "population": sample.memorizer(process, heldout[m:], heldout_labels[m:])}
+    inputs = {"heldout": noised(process, heldout[:m], heldout_labels[:m]),
+              "training": noised(process, images[:INPUTS], labels[:INPUTS])}
+    expected = {(kind, name): x0_of(reference, process, *points)
+                for kind, points in inputs.items() for name, reference in references.items()}
+    path_labels = labels.unique().repeat(INPUTS)[:INPUTS]       # the classes in turn
 
     def rows_of(net):
-        rows, path = [], on_path(net, process, images.shape[1:], wanted)
-        for kind, points in {"path": path, **fixed}.items():
+        rows, path = [], on_path(net, process, images.shape[1:], path_labels)
+        for name, reference in references.items():
+            expected["path", name] = x0_of(reference, process, *path)
+        for kind, points in {"path": path, **inputs}.items():
             own = x0_of(net, process, *points)
-            for name, reference in references.items():
-                x0 = expected(kind, name) if kind in fixed else x0_of(reference, process, *points)
-                rms = (own - x0).square().mean((1, 2, 3)).sqrt().reshape(LEVELS, -1).flip(0)
-                for level, values in enumerate(rms):
+            for name in references:
+                rms = (own - expected[kind, name]).square().mean((1, 2, 3)).sqrt()
+                for level, values in enumerate(rms.reshape(LEVELS, -1).flip(0)):
                     low, median, high = values.quantile(values.new_tensor([.25, .5, .75])).tolist()
                     rows.append({"level": level, "t": (level + 0.5) / LEVELS, "inputs": kind,
                                  "reference": name, "median": median, "low": low, "high": high})
@@ -841,19 +844,21 @@ def denoiser_study(process, data, patch):
 def measure_denoisers(args, record, device):
     """denoisers.csv: denoiser_study of the averaged weights of every snapshot that is not done."""
     run, process = args.run, train.PROCESSES[record["options"]["process"]]
-    steps = sample.snapshots(run)
+    table, steps, todo = rows_by_snapshot(run / "denoisers.csv"), sample.snapshots(run), {}
     if not steps:
         raise InputError(f"{run}: has no snapshots; train it first")
-    table = rows_by_snapshot(run / "denoisers.csv")
+    for step in steps:
+        made_of = digest_of((run / f"snapshots/{step:07d}.pt").read_bytes(), train.identity(record),
+                            args.patch, gaussian, local, per_class, denoiser_study)[:8]
+        if [row.get("made_of") for row in table.get(("", step), [])] != [made_of] * 12 * LEVELS:
+            todo[step] = made_of
+    if not todo:
+        return
     data = train.data_on(device, train.load_subset(run, record, args.data), classes=True).values()
     rows_of = denoiser_study(process, [(x, k if record["classes"] else 0 * k) for x, k in data],
                              args.patch)
     net = sample.load_net(run, record, device)
-    for step in steps:
-        made_of = digest_of((run / f"snapshots/{step:07d}.pt").read_bytes(), train.identity(record),
-                            args.patch, gaussian, local, per_class, denoiser_study)[:8]
-        if [row.get("made_of") for row in table.get(("", step), [])] == [made_of] * 12 * LEVELS:
-            continue
+    for step, made_of in todo.items():
         sample.load_ema(net, run, record, step)
         table["", step] = [{"set": "", "step": step, **row, "made_of": made_of}
                            for row in rows_of(net)]
@@ -1116,10 +1121,10 @@ def sweep_words(flag, values):
 
     An option without a value takes on and off; commas separate the values of one with several.
     """
-    defaults, key = vars(train.make_parser().parse_args([])), flag[2:].replace("-", "_")
-    if key not in defaults or not values:
-        raise InputError(f"{flag}: " + ("has no values" if key in defaults else "unknown option"))
-    is_switch = isinstance(defaults[key], bool)
+    options, key = vars(train.make_parser().parse_args([])), flag[2:].replace("-", "_")
+    if key not in options or not values:
+        raise InputError(f"{flag}: " + ("has no values" if key in options else "unknown option"))
+    is_switch = isinstance(options[key], bool)
     for value in values:
         if values.count(value) > 1 or re.match(r"0\d", value):
             raise InputError(f"{flag} {value}: is listed twice, or starts with a 0")
@@ -1137,6 +1142,7 @@ def sweep_rows(lists):
     axes = {flag: sweep_words(flag, v) for flag, v in lists.items() if flag.startswith("--")}
     repeats = sweep_words("--seed", lists["REPEATS"]) if lists["REPEATS"] else []
     axes["--seed"] = [*axes["--seed"], *repeats]        # those of the default run alone come last
+    # A switch that varies has no place among the options that all runs have.
     common = [word for word in lists["TRAIN"] if [] not in axes.get(word, ())]
     images, rows, seed = lists["IMAGES"][0], {}, list(axes).index("--seed")
     for choice in itertools.product(*axes.values()):
@@ -1144,23 +1150,18 @@ def sweep_rows(lists):
                       for flag, words in zip(axes, choice, strict=True))
         if lists["DESIGN"] == ["one"] and changed > 1 or changed and choice[seed] in repeats:
             continue
-        named = train.make_parser().parse_args(words := list(itertools.chain(*choice)))
-        count = int(images.rstrip("N")) * (named.n if images.endswith("N") else 1)
-        if (name := train.run_name(named)) in rows:
+        words = [word for words in choice for word in words]
+        named = train.make_parser().parse_args(words)
+        name, epochs_of = train.run_name(named), named.n if images.endswith("N") else 1
+        if name in rows:
             raise InputError(f"{name}: two values of a list are the same")
-        words = [*common, *words, "--images", str(count)]
+        words = [*common, *words, "--images", str(int(images.rstrip("N")) * epochs_of)]
         rows[name] = words, train.parse(words)
-    # A step costs about as much as its images' FLOPs plus what launching it takes.
-    return dict(sorted(rows.items(), key=lambda row: -row[1][1].steps * (
-        25600 + row[1][1].batch * row[1][1].width ** 2)))
 
-
-def is_measured(row, settings, drawing, args):
-    """Whether a row of metrics.csv is of enough samples with these settings, in the space asked."""
-    spaces = [space_name(args.features or "")] + ["sscd"] * bool(args.sscd)
-    return (all(row.get(f"setting_{k}") == str(v) for k, v in settings.items())
-            and int(row["samples"]) >= (args.num or drawing.num)
-            and all(any(k.startswith(f"weights_{s}") and row[k] for k in row) for s in spaces))
+    def cost(row):          # a step's is about its images' FLOPs, plus what launching it takes
+        options = row[1][1]
+        return options.steps * (25600 + options.batch * options.width ** 2)
+    return dict(sorted(rows.items(), key=cost, reverse=True))
 
 
 def sweep_state(run, options, drawing, args):
@@ -1169,28 +1170,34 @@ def sweep_state(run, options, drawing, args):
     options, drawing, args: of train, sample and measure.py. "done" is only this very run, trained
     to its last step, with samples of these settings of every snapshot and the rows of metrics.csv.
     """
-    shots = set(train.evaluation_steps(options.steps, options.evals_per_doubling,
-                                       options.first_eval))
+    planned = train.evaluation_steps(options.steps, options.evals_per_doubling, options.first_eval)
     if not (run / "args.json").exists():
-        return "not started", options.steps, len(shots), "-", "-"
+        return "not started", options.steps, len(planned), "-", "-"
     record, log = train.read_run(run), train.read_csv(run / "log.csv")
     step, process = int(log[-1]["step"]) if log else 0, train.PROCESSES[options.process]
     other = train.differences(record, record | {"options": vars(options)})
-    other += ["data"] * (Path(record["options"]["data"]).stem != Path(options.data).stem)
-    other += [f"last step, {step}"] * (step > options.steps)
+    if Path(record["options"]["data"]).stem != Path(options.data).stem:
+        other.append("data")
+    if step > options.steps:
+        other.append(f"last step, {step}")
     settings = sample.settings_of(drawing, process)
-    name, shots = sample.set_name(settings, process), shots | set(sample.snapshots(run))
-    drawn = {s for s in shots if sample.samples_path(run, name, s).exists()}
-    rows = {key[1]: row for key, (row, *_) in rows_by_snapshot(
-        run / "metrics.csv").items() if key[0] == name and is_measured(row, settings, drawing, args)}
-    left = len(shots - (drawn & rows.keys()))
+    name, shots = sample.set_name(settings, process), {*planned, *sample.snapshots(run)}
+    drawn = {shot for shot in shots if sample.samples_path(run, name, shot).exists()}
+    measured = {}               # rows of enough samples with these settings, in the space asked for
+    for key, (row, *_) in rows_by_snapshot(run / "metrics.csv").items():
+        spaces = [space_name(args.features or "")] + ["sscd"] * bool(args.sscd)
+        if (key[0] == name and int(row["samples"]) >= (args.num or drawing.num)
+                and all(row.get(f"setting_{k}") == str(v) for k, v in settings.items())
+                and all(any(k.startswith(f"weights_{s}") and row[k] for k in row) for s in spaces)):
+            measured[key[1]] = row
+    left = len(shots - (drawn & measured.keys()))
     state = (f"another run: {', '.join(other)}" if other else
              f"training, step {step} of {options.steps}" if step < options.steps else
              f"sampling, {len(drawn)} of {len(shots)}" if drawn < shots else
-             f"measuring, {len(rows)} of {len(shots)}" if left else "done")
+             f"measuring, {len(measured)} of {len(shots)}" if left else "done")
     return (state, max(0, options.steps - step), left,
             f"{float(log[-1]['heldout_loss']):.4g}" if log else "-",
-            f"{float(rows[max(rows)]['copy_ratio']):.4g}" if rows else "-")
+            f"{float(measured[max(measured)]['copy_ratio']):.4g}" if measured else "-")
 
 
 def sweep_speed(run):
