@@ -40,7 +40,6 @@ import train
 from train import LEVELS, InputError, generator, reading, to_float, write_atomic, write_csv
 
 THRESHOLDS = {"": 1 / 3, "_quarter": 1 / 4, "_half": 1 / 2}     # of d1/d2; the literature's is 1/3
-DUPLICATE_SHARE = 0.5       # see duplicate_groups
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
 SSCD_THRESHOLD = 0.6        # the study's: a higher cosine similarity to a training image is a copy
 # Its authors' "small 288" transform: size, mean, std.
@@ -57,8 +56,8 @@ WRITTEN = ("metrics.csv", "controls.csv", "spectrum.csv", "duplicates.csv", "pla
 def squared_distances(queries, references):
     """Squared distances of vectors (Q, D), (N, D), a block of queries at a time: float64 (rows, N).
 
-    By matrix products of what is measured from the mean reference: in float64 their rounding is
-    1e-13 of the largest squared norm. Memory: 128 MB per block, and 4,096 references in float64.
+    By a matrix product, after the mean of the references is taken from all: the rounding is 1e-13
+    of the largest squared norm. Memory: 128 MB per block, and 4,096 references in float64.
     """
     center = references[:4096].double().mean(0)
     for q in queries.split(max(1, 2**24 // len(references))):
@@ -70,17 +69,14 @@ def squared_distances(queries, references):
 
 
 def k_nearest(queries, references, k):
-    """The squared distances to the k nearest references, float64, and their indices: (Q, k) each.
-
-    All distances are computed by squared_distances; two_nearest is faster and more exact.
-    """
+    """Squared distances to the k nearest references, float64 (Q, k), and their indices (Q, k)."""
     parts = [d.topk(k, largest=False) for d in squared_distances(queries, references)]
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
 @contextlib.contextmanager
 def exact_float32():
-    """Matrix products and convolutions in float32 proper, whatever was set before."""
+    """Matrix products and convolutions without TF32, whatever was set before."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -91,11 +87,12 @@ def exact_float32():
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
+@exact_float32()
 def _screen(queries, references, center, k, exclude, groups):
     """The k smallest of |r|^2 - 2 q.r for each query, in float32.
 
-    Values and indices (Q, k), and the largest |r|. All is measured from `center`, so that the
-    numbers are small. One block of the product is in memory at a time.
+    Values and indices (Q, k), and the largest |r|. queries are less `center` already, and so is r:
+    the numbers are small. One block of the product is in memory at a time.
     """
     best = torch.full((len(queries), k), math.inf, device=queries.device)
     index = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
@@ -104,8 +101,8 @@ def _screen(queries, references, center, k, exclude, groups):
         r = (references[start:start + 4096] - center).float()
         r2 = r.square().sum(1)
         largest = max(largest, r2.max().sqrt().item())
-        for rows in torch.arange(len(queries), device=queries.device).split(2048):
-            q = slice(int(rows[0]), int(rows[-1]) + 1)
+        for first in range(0, len(queries), 2048):
+            q = slice(first, first + 2048)
             score = torch.addmm(r2, queries[q], r.T, alpha=-2)              # (rows, block)
             if exclude is not None:
                 score.masked_fill_(groups[start:start + len(r)] == exclude[q, None], math.inf)
@@ -160,9 +157,8 @@ def two_nearest(queries, references, groups=None, exclude=None):
         k, unsure = min(k, len(r)), []
         for part in todo.split(max(1, 2**24 // k)):
             centered = (q[part] - center).float()
-            with exact_float32():
-                score, index, largest = _screen(
-                    centered, r, center, k, None if exclude is None else exclude[part], groups)
+            score, index, largest = _screen(
+                centered, r, center, k, None if exclude is None else exclude[part], groups)
             values, nearest = _best_two(q[part], r, index, groups, score == math.inf)
             # A reference that was not picked scores at least max(score); the product's error is at
             # most 2 (D + 8) u (|q| + |r|)^2 with u = 2^-24, so its distance^2 is at least `beyond`.
@@ -200,7 +196,7 @@ def duplicate_groups(images):
     rank = min(10, max(2, len(x) // 200), len(x) - 1)
     if rank >= 2:
         distance, index = (v[:, 1:] for v in k_nearest(x, x, rank + 1))     # the first is itself
-        half = DUPLICATE_SHARE * distance[:, -1].sqrt()
+        half = 0.5 * distance[:, -1].sqrt()
         linked = distance.sqrt() < torch.minimum(half[:, None], half[index])        # (N, rank)
         rows, columns = linked.nonzero(as_tuple=True)
         for pair in torch.stack([kept[rows.cpu()], kept[index[rows, columns].cpu()]], 1).tolist():
@@ -296,32 +292,19 @@ def precision_recall(samples, real, k=3):
 
 
 class Space(NamedTuple):
-    """A feature space: that of a network from a file or, where net is None, of the pixels.
+    """A feature space: extract(uint8 images (n, H, W, C)) -> float32 (n, D).
 
-    digest: of the file; flag: the words for it in errors; prepare: size, mean and std, for
-    network_features.
+    digest: of the network's file; key: of all that features are made of, beside the images.
     """
     name: str
-    net: Callable | None = None
+    extract: Callable
     digest: str = "none"
-    flag: str = ""
-    prepare: tuple = (None, 0.0, 1.0)
-
-    @property
-    def key(self):
-        """What features are kept under, beside the images; not all code, since they are slow."""
-        return digest_of(self.name, self.digest, self.prepare, network_features, inception_net)
-
-    def extract(self, images):
-        """uint8 images (n, H, W, C) -> float32 (n, D)."""
-        if self.net is None:
-            return pixel_features(images)
-        return network_features(self.net, images, self.flag, *self.prepare)
+    key: str = "pixels"
 
     def of_real(self, images):
         """extract, through the cache where a network is asked."""
-        if self.net is None:
-            return pixel_features(images)
+        if self.key == "pixels":
+            return self.extract(images)
         return cached(self.extract, images, made_by=self.key).to(images.device)
 
 
@@ -330,15 +313,20 @@ def pixel_features(images):
     return to_float(images).permute(0, 2, 3, 1).flatten(1)
 
 
+PIXELS = Space("pixels", pixel_features)
+
+
 class Subset:
     """The training subset that copies are searched in, the held-out images, and their features.
 
     train, heldout uint8 (n, S, S, C); groups (N,) of near-duplicates. Where training flipped, a
-    mirrored copy is a copy, of the same group as its original. space: of fidelity; most: the
-    held-out images that it takes at most. Raises InputError where all are near-duplicates.
+    mirrored copy is a copy, of the same group as its original. space: of fidelity; most: how many
+    held-out images fidelity takes at most (all). own: the two nearest of each training image among
+    those of other groups; references: features, float32 (n, D), of real images.
+    Raises InputError where all are near-duplicates.
     """
 
-    def __init__(self, data, flip, device, space=None, sscd=None, most=None):
+    def __init__(self, data, flip, device, space=PIXELS, sscd=None, most=10**9):
         self.train = torch.from_numpy(data.train_images).to(device)
         self.heldout = torch.from_numpy(data.heldout_images).to(device)
         self.search = pixel_features(self.train)
@@ -349,27 +337,18 @@ class Subset:
         if flip:
             self.search = torch.cat([self.search, pixel_features(self.train.flip(2))])
             self.search_groups = self.groups.repeat(2)
-        self.space, self.sscd = space or Space("pixels"), sscd
-        self.most = min(most or len(self.heldout), len(self.heldout))
-        self.key = digest_of(self.search, self.heldout, self.most, self.space, sscd)
+        self.own = self.nearest(self.train, self.groups)
+        self.space, self.sscd, self.most = space, sscd, min(most, len(self.heldout))
+        self.references = {"train": space.of_real(self.train),
+                           "heldout": space.of_real(self.heldout[:self.most]),
+                           "sscd": sscd and sscd.of_real(self.train)}
+        self.key = digest_of(self.search, self.heldout, self.most, space, sscd)
 
     def nearest(self, images, exclude=None):
         """two_nearest of uint8 images: distances and indices, each (n, 2)."""
         distances, indices = (x.to(self.train.device) for x in cached(
             two_nearest, pixel_features(images), self.search, self.search_groups, exclude))
         return distances, torch.where(indices < 0, indices, indices % len(self.train))
-
-    @functools.cached_property
-    def own(self):
-        """The two nearest of each training image among those of other groups, as `nearest` says."""
-        return self.nearest(self.train, self.groups)
-
-    @functools.cached_property
-    def references(self):
-        """Features of real images: {"train", "heldout", "sscd"}, float (n, D)."""
-        return {"train": self.space.of_real(self.train),
-                "heldout": self.space.of_real(self.heldout[:self.most]),
-                "sscd": self.sscd and self.sscd.of_real(self.train)}
 
 
 class Context:
@@ -382,18 +361,12 @@ class Context:
 
     def __init__(self, images, subset, splits=("train", "heldout"), neighbours=None):
         self.images = torch.as_tensor(images, device=subset.train.device)
-        self.subset, self.splits = subset, splits
+        self.subset, self.splits, self.count = subset, splits, min(len(images), subset.most)
         self.pixels = pixel_features(self.images)
-        self.count = min(len(images), subset.most)
         self.neighbours = neighbours or subset.nearest(self.images)     # distances, indices (n, 2)
         self.distances, self.nearest = (x[:, 0] for x in self.neighbours)
         self.ratios = copy_ratios(self.neighbours[0])
         self.key = digest_of(self.images, self.nearest, splits, subset)
-
-    @functools.cached_property
-    def features(self):
-        """Of fidelity's pictures, float32 (count, D)."""
-        return self.subset.space.extract(self.images[:self.count])
 
 
 # --- Metrics: functions from a Context to columns -------------------------------------------------
@@ -442,12 +415,12 @@ def distances_of(x, reference, end):
 
 def fidelity(c):
     """How far the pictures' distribution is from the training and from the held-out images'."""
-    row = {}
+    row, features = {}, c.subset.space.extract(c.images[:c.count])
     for split in c.splits:
         end, reference = f"{c.subset.space.name}_{split}", c.subset.references[split]
-        row |= distances_of(c.features, reference, end)
-        row |= zip((f"precision_{end}", f"recall_{end}"),
-                   precision_recall(c.features, reference[:c.count]), strict=True)
+        precision, recall = precision_recall(features, reference[:c.count])
+        row |= distances_of(features, reference, end)
+        row |= {f"precision_{end}": precision, f"recall_{end}": recall}
     return row
 
 
@@ -490,10 +463,10 @@ def non_negative(x, y, sweeps=300):
 def mixture(c, k=10):
     """How far the pictures are from mixtures of training images: the median rms, over numbers in
     [-1, 1], of what the best non-negative combination of the k nearest leaves."""
-    images, left = c.subset.search, []
-    _, index = k_nearest(c.pixels, images, min(k, len(images)))
+    search, left = c.subset.search, []
+    _, index = k_nearest(c.pixels, search, min(k, len(search)))
     for x, i in zip(c.pixels.double().split(512), index.split(512), strict=True):
-        y = images[i].double()                                          # (rows, k, D)
+        y = search[i].double()                                          # (rows, k, D)
         left.append((x - (non_negative(x, y)[:, :, None] * y).sum(1)).square().mean(1).sqrt())
     return {"mixture_residual": float(torch.cat(left).median())}
 
@@ -511,8 +484,8 @@ def similarity(c):
     training image in SSCD features exceeds .6."""
     if c.subset.sscd is None:
         return {}
-    x, y = c.subset.sscd.extract(c.images), c.subset.references["sscd"]
-    x, y = (F.normalize(v, dim=1).double() for v in (x, y))
+    features = c.subset.sscd.extract(c.images), c.subset.references["sscd"]
+    x, y = (F.normalize(v, dim=1).double() for v in features)
     highest = torch.cat([(part @ y.T).amax(1) for part in x.split(1024)])
     return share_columns("sscd", highest > SSCD_THRESHOLD)
 
@@ -631,7 +604,8 @@ def measure_samples(args, batch, drawn, subset, table, columns, common):
     """
     run, spaces, todo = args.run, [s for s in (subset.space, subset.sscd) if s], []
     for (name, step), samples in drawn.items():
-        row, digest = table.pop((name, step), {}), short_digest(samples.images.tobytes())
+        digest = hashlib.sha256(samples.images.tobytes()).hexdigest()[:8]
+        row = table.pop((name, step), {})
         if row.get("samples_digest") != digest:
             row = {}
         for space in spaces:                    # features of other weights are other columns
@@ -885,12 +859,11 @@ def plant(images):
 
 def planted_rows(subset):
     """What each measure of copying catches: a row per kind of planted copy, and held-out images."""
-    rows = []
-    for name, images in (plant(subset.train[:1024])
-                         | {"held-out images": subset.heldout[:1024]}).items():
+    kinds, rows = plant(subset.train[:1024]) | {"held-out images": subset.heldout[:1024]}, []
+    for name, images in kinds.items():
         c = Context(images, subset)
-        found = {k: v for k, v in (copying(c) | similarity(c)).items() if "_ratio" in k}
-        rows.append({"planted": name, **found, "not_authentic": 1 - authenticity(c)["auth_share"]})
+        shares = {k: v for k, v in (copying(c) | similarity(c)).items() if "_ratio" in k}
+        rows.append({"planted": name, **shares, "not_authentic": 1 - authenticity(c)["auth_share"]})
     return rows
 
 
@@ -959,11 +932,6 @@ def measure_twin(args, record, device):
 
 FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
 say_once = functools.cache(functools.partial(print, flush=True))
-
-
-def short_digest(content):
-    """8 hex digits of bytes, SHA-256."""
-    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def digest_of(*things):
@@ -1068,22 +1036,22 @@ def load_inception(weights, device):
             torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False,
                                                map_location="cpu")
     with reading(f"--weights {path}"):
-        digest = short_digest(path.read_bytes())
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         net = inception_net(torch.load(path, map_location="cpu", weights_only=True)).to(device)
     if digest not in WEIGHTS_URL:
         print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not "
               "comparable", flush=True)
-    return Space("inception", net, digest, "--features inception", prepare=(299, 0.5, 0.5))
+    return network_space("inception", net, digest, "--features inception", 299, 0.5, 0.5)
 
 
-def load_network(flag, path, device):
+def load_network(flag, path, device, *prepare, name=None):
     """The space of a saved network, images (B, 3, H, W) in [0, 1] -> (B, D).
 
-    A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. Named by
-    the file's stem and digest. Raises InputError.
+    A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. name: by
+    default the file's stem and digest; prepare: as in network_space. Raises InputError.
     """
     with reading(f"{flag} {path}"):
-        digest = short_digest(Path(path).read_bytes())
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
         if Path(path).suffix == ".pt2":
             logging.getLogger("torch.export").disabled = True   # it prints tracebacks, beside ours
             net = torch.export.load(path).module().to(device)
@@ -1091,7 +1059,17 @@ def load_network(flag, path, device):
             say_once(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; save it by "
                      "torch.export as a .pt2 file")
             net = torch.jit.load(path, map_location=device).eval()
-    return Space(f"{space_name(path)}-{digest}", net, digest, f"{flag} {path}")
+    name = name or f"{space_name(path)}-{digest}"
+    return network_space(name, net, digest, f"{flag} {path}", *prepare)
+
+
+def network_space(name, net, digest, flag, *prepare):
+    """The Space of a network, for whose features all other code may change: they are slow.
+
+    flag: how errors call it; prepare: size, mean and std, as network_features takes them.
+    """
+    key = digest_of(name, digest, prepare, network_features, inception_net)
+    return Space(name, lambda images: network_features(net, images, flag, *prepare), digest, key)
 
 
 def space_name(path):
@@ -1101,16 +1079,14 @@ def space_name(path):
 
 def load_spaces(args, device):
     """The Space of --features (inception, pixels or a file), and that of --sscd, else None."""
-    if args.features == "pixels":
-        space = Space("pixels")
-    elif args.features == "inception":
+    if args.features == "inception":
         space = load_inception(args.weights, device)
+    elif args.features == "pixels":
+        space = PIXELS
     else:
         space = load_network("--features", args.features, device)
-    if not args.sscd:
-        return space, None
-    sscd = load_network("--sscd", args.sscd, device)
-    return space, sscd._replace(name="sscd", prepare=SSCD_PREPARE)
+    return space, args.sscd and load_network("--sscd", args.sscd, device, *SSCD_PREPARE,
+                                             name="sscd")
 
 
 # --- The state of a sweep's runs ------------------------------------------------------------------
@@ -1292,9 +1268,7 @@ def main(argv=None):
     size, _, channels = record["image_shape"]
     small = record["options"]["data"] == "toy" or size < 32 or channels < 3
     args.features = args.features or ("pixels" if small else "inception")
-    torch.set_float32_matmul_precision("highest")               # no TF32: distances are small
-    torch.backends.cudnn.allow_tf32 = False
-    with train.locked(args.run, "measure", *WRITTEN):
+    with train.locked(args.run, "measure", *WRITTEN), exact_float32():  # some distances are small
         stage = measure_twin if args.twin else measure_denoisers if args.denoisers else measure
         stage(args, record, device)
 

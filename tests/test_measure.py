@@ -708,8 +708,8 @@ def test_caches_follow_what_they_are_made_of(run, monkeypatch):
         calls.append(x)
         return x.flatten(1)
     images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
-    a, b = (measure.Space("net", net, digest) for digest in ("1", "2"))
-    smaller = b._replace(prepare=(2, 0.0, 1.0))         # prepared otherwise, it is another space
+    a, b = (measure.network_space("net", net, digest, "") for digest in ("1", "2"))
+    smaller = measure.network_space("net", net, "2", "", 2)     # other pictures, other features
     for space in (a, a, b, smaller, smaller):
         space.of_real(images)
     assert len(calls) == 10
@@ -818,7 +818,7 @@ def test_similarity_counts_what_is_above_the_threshold(subset):
     c = measure.Context(subset.train[:4], subset)
     assert measure.similarity(c) == {}
     subset.references["sscd"] = torch.eye(4)[:2]
-    subset.sscd = measure.Space("sscd", lambda x: samples)
+    subset.sscd = measure.Space("sscd", lambda images: samples)
     row = measure.similarity(c)
     assert row["sscd_ratio"] == 0.5 and row["sscd_low"] < 0.5 < row["sscd_high"]
 
