@@ -573,15 +573,15 @@ def measure(args, record, device):
     spaces, data = load_spaces(args, device), train.load_subset(run, record, args.data)
     subset = Subset(data, options["flip"], device, *spaces,
                     most=max(len(samples.images) for samples in drawn.values()))
-    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in
-                                       enumerate(subset.groups.tolist()) if g != i],
-              columns=("image", "duplicate_of"))
-    write_csv(run / "spectrum.csv", [
-        {"name": "", "set": name, "step": step, **power_spectrum(
-            torch.from_numpy(samples.images).to(device))}
-        for (name, step), samples in drawn.items()] + [
-        {"name": "heldout", **power_spectrum(subset.heldout)},
-        {"name": "training", **power_spectrum(subset.train)}])
+    duplicates = [{"image": i, "duplicate_of": group}
+                  for i, group in enumerate(subset.groups.tolist()) if group != i]
+    write_csv(run / "duplicates.csv", duplicates, columns=("image", "duplicate_of"))
+    spectra = [{"name": "", "set": name, "step": step,
+                **power_spectrum(torch.from_numpy(samples.images).to(device))}
+               for (name, step), samples in drawn.items()]
+    write_csv(run / "spectrum.csv", [*spectra,
+                                     {"name": "heldout", **power_spectrum(subset.heldout)},
+                                     {"name": "training", **power_spectrum(subset.train)}])
     controls = measure_controls(run, subset, exact)
     common = {}
     for columns in controls["heldout"].values():
@@ -638,46 +638,6 @@ def measure_samples(args, batch, drawn, subset, table, columns, common):
               f"{float(row[f'fid_{subset.space.name}_train']):.2f}  held-out "
               f"{float(row[f'fid_{subset.space.name}_heldout']):.2f}", flush=True)
     write()
-
-
-def open_samples(run, record, name, step, num=None):
-    """The Samples of a set at a step, the first num (all), checked. Raises InputError."""
-    path, shape = sample.samples_path(run, name, step), tuple(record["image_shape"])
-    samples = sample.read_samples(path, train.identity(record))
-    count = len(samples.images)
-    if not count or samples.images.shape[1:] != shape:
-        raise InputError(f"{path}: {samples.images.dtype} {samples.images.shape}, "
-                         f"must be uint8 (num, {', '.join(map(str, shape))})")
-    if num and num > count:
-        raise InputError(f"--num {num}: {path} holds only {count}; run sample.py --num {num}")
-    return samples._replace(images=samples.images[:num], labels=samples.labels[:num])
-
-
-def rows_by_snapshot(path):
-    """The rows of a table by (set, step): {key: [row]}. Raises InputError: damaged, another's."""
-    rows = {}
-    for row in train.read_csv(path):
-        with reading(path, "delete it to measure anew"):
-            rows.setdefault((row.get("set", ""), int(row["step"])), []).append(row)
-    return rows
-
-
-def write_neighbours(path, c, digest="", step=-1, labels=()):
-    """neighbours/[SET/]STEP.npz: the two nearest training images of each, the first 64 to look at.
-    """
-    arrays = {"distances": c.neighbours[0], "indices": c.neighbours[1], "ratios": c.ratios,
-              "samples": c.images[:64], "nearest": c.subset.train[c.nearest[:64]]}
-    arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
-    write_atomic(path, lambda file: np.savez(file, labels=labels, samples_digest=digest, step=step,
-                                             **arrays))
-
-
-def has_neighbours(path, digest, step):
-    """Whether the file is whole, and made of these samples."""
-    with contextlib.suppress(InputError), reading(path):
-        arrays = train.read_npz(path)
-        return (str(arrays["samples_digest"]), int(arrays["step"])) == (digest, step)
-    return False
 
 
 # --- Which known denoiser does the network follow? ------------------------------------------------
@@ -968,6 +928,48 @@ def cached(function, *things, made_by=FILES):
     except OSError:
         say_once("data/cache: cannot be written, so nothing is kept there")
     return value
+
+
+# --- Files of a run -------------------------------------------------------------------------------
+
+
+def open_samples(run, record, name, step, num=None):
+    """The Samples of a set at a step, the first num (all), checked. Raises InputError."""
+    path, shape = sample.samples_path(run, name, step), tuple(record["image_shape"])
+    samples = sample.read_samples(path, train.identity(record))
+    count = len(samples.images)
+    if not count or samples.images.shape[1:] != shape:
+        raise InputError(f"{path}: {samples.images.dtype} {samples.images.shape}, "
+                         f"must be uint8 (num, {', '.join(map(str, shape))})")
+    if num and num > count:
+        raise InputError(f"--num {num}: {path} holds only {count}; run sample.py --num {num}")
+    return samples._replace(images=samples.images[:num], labels=samples.labels[:num])
+
+
+def rows_by_snapshot(path):
+    """The rows of a table by (set, step): {key: [row]}. Raises InputError: damaged, another's."""
+    rows = {}
+    for row in train.read_csv(path):
+        with reading(path, "delete it to measure anew"):
+            rows.setdefault((row.get("set", ""), int(row["step"])), []).append(row)
+    return rows
+
+
+def write_neighbours(path, c, digest="", step=-1, labels=()):
+    """neighbours/[SET/]STEP.npz: the two nearest training images of each; 64 pairs to look at."""
+    arrays = {"distances": c.neighbours[0], "indices": c.neighbours[1], "ratios": c.ratios,
+              "samples": c.images[:64], "nearest": c.subset.train[c.nearest[:64]]}
+    arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
+    write_atomic(path, lambda file: np.savez(file, labels=labels, samples_digest=digest, step=step,
+                                             **arrays))
+
+
+def has_neighbours(path, digest, step):
+    """Whether the file is whole, and made of these samples."""
+    with contextlib.suppress(InputError), reading(path):
+        arrays = train.read_npz(path)
+        return (str(arrays["samples_digest"]), int(arrays["step"])) == (digest, step)
+    return False
 
 
 # --- Networks' files ------------------------------------------------------------------------------
