@@ -138,11 +138,11 @@ def two_nearest(queries, references, groups=None, exclude=None):
 
     queries (Q, ...), references (N, ...), float, the same shape but for the first. groups (N,)
     int64: references that count as one image (default: each its own). exclude (Q,): the group that
-    a query may not find (its own, say).
-    Returns Euclidean distances float64 (Q, 2) and indices int64 (Q, 2); ties go to the lower index;
-    inf and -1 where there is no second group. Exact: a matrix product in float32 picks the
-    candidates, their distances are computed anew from differences in float64, and where the
-    product's rounding could have hidden a nearer one, more candidates are taken, in the end all.
+    a query may not find, say its own.
+    Returns Euclidean distances float64 and indices int64, (Q, 2) each; ties go to the lower index;
+    inf and -1 where there is no second group. Exact: a matrix product in float32 picks candidates;
+    their distances are computed anew from differences in float64; where the product's rounding
+    could have hidden a nearer one, more candidates are taken, in the end all.
     Memory beyond the inputs: the queries once more, and about 300 MB.
     Raises InputError on a number that is not finite.
     """
@@ -173,10 +173,8 @@ def two_nearest(queries, references, groups=None, exclude=None):
 
 
 def copy_ratios(distances):
-    """d1/d2 of each query (Yoon; Bonnaire, arXiv 2505.17638): (Q, 2) -> (Q,) in [0, 1].
-
-    1, no copy, where both are 0 or there is no second image.
-    """
+    """d1/d2 of each query (Yoon; Bonnaire, arXiv 2505.17638): (Q, 2) -> (Q,) in [0, 1]; 1, no copy,
+    where both are 0 or there is no second image."""
     d1, d2 = distances.double().unbind(1)
     return torch.where((d2 > 0) & d2.isfinite(), d1 / d2, torch.ones_like(d1))
 
@@ -448,10 +446,8 @@ def nearest_rms(c):
 
 
 def non_negative(x, y, sweeps=300):
-    """Weights w (n, k) >= 0 for which w @ y is nearest to x, by coordinate descent, in float64.
-
-    x (n, D), y (n, k, D): non-negative least squares, on the Gram matrices (n, k, k).
-    """
+    """Weights w (n, k) >= 0 for which w @ y is nearest to x; x (n, D), y (n, k, D), float64.
+    Non-negative least squares by coordinate descent, on the Gram matrices (n, k, k)."""
     gram, b = y @ y.mT, (y @ x[:, :, None])[..., 0]
     w, scale = torch.zeros_like(b), gram.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
     for j in [*range(w.shape[1])] * sweeps:
@@ -511,9 +507,7 @@ def power_spectrum(images):
 @torch.inference_mode()
 def loss_floor(process, images, labels, count):
     """The perfect memorizer's loss on its own images, by level, as train.evaluate gives it: a list.
-
-    images uint8 (n, S, S, C), labels (n,) or None. No network has less.
-    """
+    No network has less. images uint8 (n, S, S, C), labels (n,) or None."""
     net = sample.memorizer(process, to_float(images).contiguous(), labels)
     return train.evaluate(net, process, images, labels, count, amp="off")[1].tolist()
 
@@ -668,7 +662,7 @@ def local(images, patch=3):
     A patch is the patch x patch pixels around it, as far as they lie in the picture. Kamb's local
     denoiser, with patches of the same place only. images (N, C, H, W); memory: about 500 MB.
     """
-    mean, known = images.mean(0), F.pad(images - images.mean(0), [patch // 2] * 4)
+    mean, padded_images = images.mean(0), F.pad(images - images.mean(0), [patch // 2] * 4)
 
     def patches(padded, i):         # around the pixels of row i: (W, n, C patch^2)
         return F.unfold(padded[:, :, i:i + patch], patch).permute(2, 0, 1)
@@ -677,7 +671,7 @@ def local(images, patch=3):
         x0, a, s = torch.empty_like(xt), a[:, None, None, None], s[:, None, None, None]
         x = F.pad(xt - a * mean, [patch // 2] * 4)
         for i in range(xt.shape[2]):
-            y, center = patches(known, i), (images - mean)[:, :, i].permute(2, 0, 1)
+            y, center = patches(padded_images, i), (images - mean)[:, :, i].permute(2, 0, 1)
             y2, rows = y.square().sum(2)[:, None], max(1, 2**25 // (len(y) * len(images)))
             for q in torch.arange(len(xt), device=xt.device).split(rows):
                 a_, s_ = a[q, :, 0, 0], s[q, :, 0, 0]
@@ -688,10 +682,8 @@ def local(images, patch=3):
 
 
 def per_class(make, process, images, labels):
-    """net(xt, t, labels) of the estimates make(images of a class): f(xt, a, s) -> x0.
-
-    A class of fewer than two images takes all images.
-    """
+    """net(xt, t, labels) of the estimates make(images of a class): f(xt, a, s) -> x0; of all images
+    where the class has fewer than two."""
     estimates = {}
     for k in labels.unique().tolist():
         own = images[labels == k]
@@ -725,9 +717,9 @@ def on_path(net, process, shape, labels):
     """(xt, t, labels) as noised gives them, of points on the net's own way to an image."""
     seen = []
 
-    def watched(xt, t, wanted):
+    def watched(xt, t, labels):
         seen.append((xt, t))
-        return net(xt, t, wanted)
+        return net(xt, t, labels)
     sample.sample(watched, process, shape, [(0, i) for i in range(len(labels))], 2 * LEVELS,
                   clip=process.clip, labels=labels, device=labels.device)
     xt, t = (torch.cat(part) for part in zip(*seen[1::2], strict=True))
@@ -748,9 +740,10 @@ def denoiser_study(process, data, patch):
     if len(heldout) < 2:
         raise InputError("--denoisers: too few held-out images of the classes trained on")
     m = min(INPUTS, len(heldout) // 2)
-    known = process, images, labels
-    references = {"memorizer": sample.memorizer(*known), "gaussian": per_class(gaussian, *known),
-                  "local": per_class(functools.partial(local, patch=patch), *known),
+    trained = process, images, labels
+    references = {"memorizer": sample.memorizer(*trained),
+                  "gaussian": per_class(gaussian, *trained),
+                  "local": per_class(functools.partial(local, patch=patch), *trained),
                   "population": sample.memorizer(process, heldout[m:], heldout_labels[m:])}
     inputs = {"heldout": noised(process, heldout[:m], heldout_labels[:m]),
               "training": noised(process, images[:INPUTS], labels[:INPUTS])}
@@ -852,9 +845,7 @@ def twin_row(c, twin, shift=1):
 @torch.inference_mode()
 def measure_twin(args, record, device):
     """twin_NAME.csv: twin_row at each step that both runs have samples of, in one set of samples.
-
-    Raises InputError where the runs share images, or have no samples with the same settings.
-    """
+    Raises InputError where the runs share images, or have no samples with the same settings."""
     runs = [(args.run, record), (args.twin, train.read_run(args.twin))]
     sets, twin_sets = (sample.sample_sets(run) for run, _ in runs)
     name = min(sets.keys() & twin_sets.keys(), default="")
@@ -896,8 +887,7 @@ say_once = functools.cache(functools.partial(print, flush=True))
 
 def digest_of(*things):
     """64 hex digits of tensors by their bytes, processes by what they compute, functions by their
-    source, and all else by its `key`, if it has one, or what it prints as.
-    """
+    source, and all else by its `key`, if it has one, or what it prints as."""
     digest = hashlib.sha256()
     for thing in things:
         if isinstance(thing, torch.Tensor):
@@ -1008,12 +998,13 @@ def inception_net(state):
     with train.needs_torchvision("--features inception"):
         from torchvision.models import inception as tv
 
-    def patched(block, pool=lambda x: F.avg_pool2d(x, 3, stride=1, padding=1,
-                                                   count_include_pad=False)):
+    def patched(block):
         class FIDBlock(block):
+            def pool(self, x):
+                return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
             def _forward(self, x):                      # the pool's branch is the last one
                 return super()._forward(x)[:-1] + [self.branch_pool(self.pool(x))]
-        FIDBlock.pool = staticmethod(pool)
         return FIDBlock
     blocks = [tv.BasicConv2d, patched(tv.InceptionA), tv.InceptionB, patched(tv.InceptionC),
               tv.InceptionD, patched(tv.InceptionE), tv.InceptionAux]
@@ -1028,9 +1019,7 @@ def inception_net(state):
 
 def load_inception(weights, device):
     """The space of FID: weights from a file, or (None) pytorch-fid's GitHub release, kept by torch.
-
-    Raises InputError where they cannot be had or are damaged, saying what to fetch and where to.
-    """
+    Raises InputError where they cannot be had or are damaged, saying what to fetch and where to."""
     path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.split("/")[-1])
     if weights is None:
         with reading("--features inception: the weights cannot be had",
@@ -1046,11 +1035,11 @@ def load_inception(weights, device):
     return network_space("inception", net, digest, "--features inception", 299, 0.5, 0.5)
 
 
-def load_network(flag, path, device, *prepare, name=None):
-    """The space of a saved network, images (B, 3, H, W) in [0, 1] -> (B, D).
+def load_network(flag, path, device, *prepare):
+    """The Space of a saved network, images (B, 3, H, W) in [0, 1] -> (B, D).
 
-    A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. name: by
-    default the file's stem and digest; prepare: as in network_space. Raises InputError.
+    A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. Named by the
+    file's stem and digest. prepare: as in network_space. Raises InputError.
     """
     with reading(f"{flag} {path}"):
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
@@ -1061,16 +1050,13 @@ def load_network(flag, path, device, *prepare, name=None):
             say_once(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; save it by "
                      "torch.export as a .pt2 file")
             net = torch.jit.load(path, map_location=device).eval()
-    name = name or f"{space_name(path)}-{digest}"
-    return network_space(name, net, digest, f"{flag} {path}", *prepare)
+    return network_space(f"{space_name(path)}-{digest}", net, digest, f"{flag} {path}", *prepare)
 
 
 def network_space(name, net, digest, flag, *prepare):
-    """The Space of a network, for whose features all other code may change: they are slow.
-
-    flag: how errors call it; prepare: size, mean and std, as network_features takes them.
-    """
-    key = digest_of(name, digest, prepare, network_features, inception_net)
+    """The Space of a network, whose features stay when other code changes, since they are slow.
+    flag: how errors call it; prepare: size, mean and std, as network_features takes them."""
+    key = digest_of(digest, prepare, network_features, inception_net)
     return Space(name, lambda images: network_features(net, images, flag, *prepare), digest, key)
 
 
@@ -1087,18 +1073,17 @@ def load_spaces(args, device):
         space = PIXELS
     else:
         space = load_network("--features", args.features, device)
-    return space, args.sscd and load_network("--sscd", args.sscd, device, *SSCD_PREPARE,
-                                             name="sscd")
+    if not args.sscd:
+        return space, None
+    return space, load_network("--sscd", args.sscd, device, *SSCD_PREPARE)._replace(name="sscd")
 
 
 # --- The state of a sweep's runs ------------------------------------------------------------------
 
 
 def sweep_words(flag, values):
-    """For each value of an option of train.py, its words on the command line.
-
-    An option without a value takes on and off; commas separate the values of one with several.
-    """
+    """For each value of an option of train.py, its words on the command line: a switch takes on and
+    off; commas separate the values of an option with several."""
     options, key = vars(train.make_parser().parse_args([])), flag[2:].replace("-", "_")
     if key not in options or not values:
         raise InputError(f"{flag}: " + ("has no values" if key in options else "unknown option"))
