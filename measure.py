@@ -8,7 +8,8 @@
 Writes metrics.csv (a row per snapshot), controls.csv (the same of pictures known to be copies, or
 known not to be), spectrum.csv, duplicates.csv, and neighbours/STEP.npz (nearest training images).
 To add a metric, write a function from a Context to columns and name it in METRICS: runs measured
-before get its columns on the next call, and keep theirs.
+before get its columns on the next call, and keep theirs. Read down to the line of equal signs:
+copies, fidelity, other metrics, controls, one run, then denoisers, planted copies, twins.
 
 Sources: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" 1801.01401 (KID), "Kynkaanniemi" 1904.06991
 (precision and recall), "Alaa" 2102.08921 (AuthPct), "Yoon" openreview shciCbSk9h (d1/d2 < 1/3),
@@ -134,7 +135,7 @@ def _best_two(q, r, index, groups, barred):
 
 
 def two_nearest(queries, references, groups=None, exclude=None):
-    """The nearest reference of each query, and the nearest outside the group of that one.
+    """The nearest reference of each query, and the nearest of another group than that one's.
 
     queries (Q, ...), references (N, ...), float, the same shape but for the first. groups (N,)
     int64: references that count as one image (default: each its own). exclude (Q,): the group that
@@ -183,9 +184,9 @@ def duplicate_groups(images):
     """Near-identical images as groups: (N, ...) float -> (N,) int64, the lowest index of each.
 
     Two images are near-identical if they are nearer to each other than half the distance of either
-    to its 10th nearest (of fewer than 2,000 images the N/200-th, at least the 2nd), and so is what
-    they link to. A bound on the distance alone does not do: two blue skies are closer than two
-    copies of one detailed picture. Equal images are one in all this.
+    to its 10th nearest (of fewer than 2,000 images the N/200-th, at least the 2nd); a group is what
+    such pairs link. A bound on the distance alone does not do: two blue skies are closer than two
+    copies of one detailed picture. Equal images count as one image here.
     """
     x = images.flatten(1)
     _, first, inverse = np.unique(x.cpu().numpy(), axis=0, return_index=True, return_inverse=True)
@@ -254,7 +255,7 @@ def kid(x, y):
     """The unbiased squared MMD of vectors (n, D) and (m, D), and its standard error.
 
     With kernel (x.y / D + 1)^3. Binkowski, eq. 4; the error is the delete-one jackknife's. nan
-    where a set has fewer than 2 vectors (the error: 3).
+    where a set has fewer than 2 vectors, the error where one has fewer than 3.
     """
     n, m, x, y = len(x), len(y), x.double(), y.double()
 
@@ -423,8 +424,8 @@ def fidelity(c):
 
 
 def replaced(c):
-    """Distances to held-out images were each picture its nearest training image: a hump that stays
-    comes from which images are copied, not from how the pictures look."""
+    """Distances to held-out images with each picture replaced by its nearest training image: a hump
+    that stays comes from which images are copied, not from how the pictures look."""
     if "heldout" not in c.splits:
         return {}
     x, held = c.subset.references["train"][c.nearest[:c.count]], c.subset.references["heldout"]
@@ -469,7 +470,7 @@ def mixture(c, k=10):
 
 def near_samples(c):
     """The share of pictures that are no copies, yet nearer to another picture than to any training
-    image: spurious attractors (arXiv 2505.21777), where it is more than held-out images have."""
+    image. More of them than among held-out images: spurious attractors (arXiv 2505.21777)."""
     x, own = c.pixels[:c.count], torch.arange(c.count, device=c.images.device)
     near = two_nearest(x, x, exclude=own)[0][:, 0] < c.distances[:c.count]
     return {"near_samples": float((near & (c.ratios[:c.count] >= THRESHOLDS[""])).double().mean())}
@@ -521,16 +522,12 @@ def measure_controls(run, subset, exact):
     heldout: the held-out images as if they were samples, what a perfect generalizer draws; where
     there are enough, those compared are others than the reference. training: draws of training
     images, a perfect memorizer's. leave_one_out: each training image among the others. exact:
-    samples of the exact denoiser, uint8 (n, S, S, C), or None. Metrics are kept in the cache, and
-    the columns are those that METRICS have. What the file holds of another feature space stays, if
-    of as many pictures.
+    samples of the exact denoiser, uint8 (n, S, S, C), or None. What the file holds of another
+    feature space stays, if of as many pictures.
     """
-    n, most, splits = len(subset.train), subset.most, ("train", "heldout")
-    heldout = subset.heldout
-    if 2 * most <= len(heldout):
-        heldout = heldout.roll(-most, 0)        # the first ones are the reference
-    else:
-        splits = ("train",)
+    n, most, heldout, splits = len(subset.train), subset.most, subset.heldout, ("train",)
+    if 2 * most <= len(heldout):                # the first ones are the reference
+        heldout, splits = heldout.roll(-most, 0), ("train", "heldout")
     draws = torch.randint(n, (max(n, most),), generator=generator("cpu", "control"))
     contexts = {"heldout": Context(heldout, subset, splits),
                 "training": Context(subset.train[draws.to(heldout.device)], subset),
@@ -700,9 +697,11 @@ def per_class(make, process, images, labels):
 
 def x0_of(net, process, xt, t, labels):
     """What a net takes for x0, (n, C, H, W); clamped where sampling clamps it."""
-    x0 = torch.cat([process.x0_eps(x, net(x, u, k), u)[0] for x, u, k in zip(
-        xt.split(256), t.split(256), labels.split(256), strict=True)])
-    return x0.clamp(-1, 1) if process.clip else x0
+    parts = []
+    for rows in torch.arange(len(xt), device=xt.device).split(256):
+        prediction = net(xt[rows], t[rows], labels[rows])
+        parts.append(process.x0_eps(xt[rows], prediction, t[rows])[0])
+    return torch.cat(parts).clamp(-1, 1) if process.clip else torch.cat(parts)
 
 
 def noised(process, x0, labels):
@@ -722,16 +721,16 @@ def on_path(net, process, shape, labels):
         return net(xt, t, labels)
     sample.sample(watched, process, shape, [(0, i) for i in range(len(labels))], 2 * LEVELS,
                   clip=process.clip, labels=labels, device=labels.device)
-    xt, t = (torch.cat(part) for part in zip(*seen[1::2], strict=True))
-    return xt, t, labels.repeat(LEVELS)
+    xt, t = [x for x, _ in seen[1::2]], [t for _, t in seen[1::2]]
+    return torch.cat(xt), torch.cat(t), labels.repeat(LEVELS)
 
 
 def denoiser_study(process, data, patch):
     """A function net -> rows of denoisers.csv: how far its x0 is from that of known denoisers.
 
     data: (images uint8, labels) of the training subset and of the held-out images, labels all 0
-    where the model has no classes; else each reference is that of the class. The population's
-    stand-in is the held-out images that are no inputs. rms over numbers in [-1, 1].
+    where the model has no classes; else each reference is that of the class. The population is
+    stood in for by the held-out images that are no inputs. rms over numbers in [-1, 1].
     """
     (images, labels), (heldout, heldout_labels) = data
     images, heldout = to_float(images).contiguous(), to_float(heldout).contiguous()
@@ -796,25 +795,24 @@ def measure_denoisers(args, record, device):
 # --- Beyond the study: planted copies, twins ------------------------------------------------------
 
 
-def plant(images):
-    """What a copy may look like: {name: uint8 images}, made of the training images (n, S, S, C)."""
-    g, x = torch.Generator().manual_seed(0), to_float(images)
-
-    def back(y):
-        return ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+def planted_rows(subset):
+    """What each measure of copying catches: a row per kind of planted copy, all made of the first
+    1,024 training images, and one for held-out images."""
+    images = subset.train[:1024]                                # uint8 (n, S, S, C)
+    g, x = torch.Generator().manual_seed(0), to_float(images)   # (n, C, S, S)
     noise = torch.randn(x.shape, generator=g).to(x.device)
     gain, shift = (torch.rand(2, len(x), x.shape[1], 1, 1, generator=g) - 0.5).to(x.device)
+
+    def back(y):                                                # to uint8 (n, S, S, C)
+        return ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     planted = {"exact": images}
     planted |= {f"noise rms {rms:.2f}": back(x + rms * noise) for rms in (0.05, 0.1, 0.15, 0.2)}
-    return planted | {"mirrored": images.flip(2), "shifted by 1 pixel": images.roll(1, 2),
-                      "recoloured": back(x * (1 + 0.4 * gain) + 0.4 * shift)}
-
-
-def planted_rows(subset):
-    """What each measure of copying catches: a row per kind of planted copy, and held-out images."""
-    kinds, rows = plant(subset.train[:1024]) | {"held-out images": subset.heldout[:1024]}, []
-    for name, images in kinds.items():
-        c = Context(images, subset)
+    planted |= {"mirrored": images.flip(2), "shifted by 1 pixel": images.roll(1, 2),
+                "recoloured": back(x * (1 + 0.4 * gain) + 0.4 * shift),
+                "held-out images": subset.heldout[:1024]}
+    rows = []
+    for name, pictures in planted.items():
+        c = Context(pictures, subset)
         shares = {k: v for k, v in (copying(c) | similarity(c)).items() if "_ratio" in k}
         rows.append({"planted": name, **shares, "not_authentic": 1 - authenticity(c)["auth_share"]})
     return rows
@@ -904,8 +902,8 @@ def digest_of(*things):
 def cached(function, *things, made_by=FILES):
     """function(*things), kept in data/cache: tensors, which may come back on the CPU, or numbers.
 
-    Under what it is made of: the things, and the code, which is all of it unless `made_by` says
-    less. The file says so, too; one that says otherwise, or is damaged, is made anew.
+    The key is a digest of the things and of the code: all of it, unless `made_by` names less. The
+    file holds its key, too; one that holds another, or is damaged, is made anew.
     """
     key = digest_of(made_by, getattr(function, "__name__", ""), *things)
     path = Path(f"data/cache/{key[:32]}.pt")
@@ -1056,7 +1054,7 @@ def load_network(flag, path, device, *prepare):
 def network_space(name, net, digest, flag, *prepare):
     """The Space of a network, whose features stay when other code changes, since they are slow.
     flag: how errors call it; prepare: size, mean and std, as network_features takes them."""
-    key = digest_of(digest, prepare, network_features, inception_net)
+    key = digest_of(name, digest, prepare, network_features, inception_net)
     return Space(name, lambda images: network_features(net, images, flag, *prepare), digest, key)
 
 

@@ -421,6 +421,10 @@ def test_features_of_an_exported_network(run, tmp_path, refused, capsys):
     x, y = (space.extract(torch.from_numpy(v)) for v in (images, data.heldout_images[:12]))
     torch.testing.assert_close(x, Small()(torch.from_numpy(images).permute(0, 3, 1, 2) / 255))
     assert float(row[f"fid_my-net-{digest}_heldout"]) == pytest.approx(measure.fid(x, y))
+    # a file of another name has columns of its own, whatever the cache holds
+    measure.main([str(run), "--features", str(path.rename(tmp_path / "it.pt2")), "--device", "cpu"])
+    row = metrics(run)[-1]
+    assert row[f"fid_it-{digest}_heldout"] == row[f"fid_my-net-{digest}_heldout"]
 
 
 def test_grey_pictures_are_given_three_channels():
