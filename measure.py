@@ -8,7 +8,8 @@
 Writes metrics.csv (a row per snapshot), controls.csv (the same of pictures known to be copies, or
 known not to be), spectrum.csv, duplicates.csv, and neighbours/STEP.npz (nearest training images).
 To add a metric, write a function from a Context to columns and name it in METRICS: runs measured
-before get its columns on the next call, and keep theirs.
+before get its columns on the next call, and keep theirs. Read down to the line of equal signs:
+copies, fidelity, other metrics, controls, one run, then denoisers, planted copies, twins.
 
 Sources: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" 1801.01401 (KID), "Kynkaanniemi" 1904.06991
 (precision and recall), "Alaa" 2102.08921 (AuthPct), "Yoon" openreview shciCbSk9h (d1/d2 < 1/3),
@@ -27,7 +28,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +41,10 @@ import train
 from train import LEVELS, InputError, generator, reading, to_float, write_atomic, write_csv
 
 THRESHOLDS = {"": 1 / 3, "_quarter": 1 / 4, "_half": 1 / 2}     # of d1/d2; the literature's is 1/3
-DUPLICATE_SHARE = 0.5       # see duplicate_groups
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
 SSCD_THRESHOLD = 0.6        # the study's: a higher cosine similarity to a training image is a copy
-SSCD_SIZE = 288             # its authors' "small 288" transform
+# Its authors' "small 288" transform: size, mean, std.
+SSCD_PREPARE = (288, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 
@@ -57,8 +57,8 @@ WRITTEN = ("metrics.csv", "controls.csv", "spectrum.csv", "duplicates.csv", "pla
 def squared_distances(queries, references):
     """Squared distances of vectors (Q, D), (N, D), a block of queries at a time: float64 (rows, N).
 
-    By matrix products of what is measured from the mean reference: in float64 their rounding is
-    1e-13 of the largest squared norm. Memory: 128 MB per block, and 4,096 references in float64.
+    By a matrix product, after the mean of the references is taken from all: the rounding is 1e-13
+    of the largest squared norm. Memory: 128 MB per block, and 4,096 references in float64.
     """
     center = references[:4096].double().mean(0)
     for q in queries.split(max(1, 2**24 // len(references))):
@@ -69,9 +69,15 @@ def squared_distances(queries, references):
         yield torch.cat(blocks, 1).add_(q.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
+def k_nearest(queries, references, k):
+    """Squared distances to the k nearest references, float64 (Q, k), and their indices (Q, k)."""
+    parts = [d.topk(k, largest=False) for d in squared_distances(queries, references)]
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
 @contextlib.contextmanager
 def exact_float32():
-    """Matrix products and convolutions in float32 proper, whatever was set before."""
+    """Matrix products and convolutions without TF32, whatever was set before."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -82,11 +88,12 @@ def exact_float32():
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
+@exact_float32()
 def _screen(queries, references, center, k, exclude, groups):
     """The k smallest of |r|^2 - 2 q.r for each query, in float32.
 
-    Values and indices (Q, k), and the largest |r|. All is measured from `center`, so that the
-    numbers are small. One block of the product is in memory at a time.
+    Values and indices (Q, k), and the largest |r|. queries are less `center` already, and so is r:
+    the numbers are small. One block of the product is in memory at a time.
     """
     best = torch.full((len(queries), k), math.inf, device=queries.device)
     index = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
@@ -95,8 +102,8 @@ def _screen(queries, references, center, k, exclude, groups):
         r = (references[start:start + 4096] - center).float()
         r2 = r.square().sum(1)
         largest = max(largest, r2.max().sqrt().item())
-        for rows in torch.arange(len(queries), device=queries.device).split(2048):
-            q = slice(int(rows[0]), int(rows[-1]) + 1)
+        for first in range(0, len(queries), 2048):
+            q = slice(first, first + 2048)
             score = torch.addmm(r2, queries[q], r.T, alpha=-2)              # (rows, block)
             if exclude is not None:
                 score.masked_fill_(groups[start:start + len(r)] == exclude[q, None], math.inf)
@@ -121,22 +128,22 @@ def _best_two(q, r, index, groups, barred):
     outside = groups[index] != groups[index.gather(1, first)]
     second = squared.masked_fill(~outside, math.inf).argmin(1, keepdim=True)
     pair = torch.cat([first, second], 1)
-    values, found = squared.gather(1, pair), index.gather(1, pair)
+    values, indices = squared.gather(1, pair), index.gather(1, pair)
     values[:, 1:][~outside.gather(1, second)] = math.inf
-    found[values == math.inf] = -1
-    return values, found
+    indices[values == math.inf] = -1
+    return values, indices
 
 
-def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
-    """The nearest reference of each query, and the nearest outside the group of that one.
+def two_nearest(queries, references, groups=None, exclude=None):
+    """The nearest reference of each query, and the nearest of another group than that one's.
 
     queries (Q, ...), references (N, ...), float, the same shape but for the first. groups (N,)
     int64: references that count as one image (default: each its own). exclude (Q,): the group that
-    a query may not find (its own, say).
-    Returns Euclidean distances float64 (Q, 2) and indices int64 (Q, 2); ties go to the lower index;
-    inf and -1 where there is no second group. Exact: a matrix product in float32 picks the
-    candidates, their distances are computed anew from differences in float64, and where the
-    product's rounding could have hidden a nearer one, more candidates are taken, in the end all.
+    a query may not find, say its own.
+    Returns Euclidean distances float64 and indices int64, (Q, 2) each; ties go to the lower index;
+    inf and -1 where there is no second group. Exact: a matrix product in float32 picks candidates;
+    their distances are computed anew from differences in float64; where the product's rounding
+    could have hidden a nearer one, more candidates are taken, in the end all.
     Memory beyond the inputs: the queries once more, and about 300 MB.
     Raises InputError on a number that is not finite.
     """
@@ -146,32 +153,29 @@ def two_nearest(queries, references, groups=None, exclude=None, candidates=8):
     groups = torch.arange(len(r), device=r.device) if groups is None else groups
     distances = torch.full((len(q), 2), math.inf, dtype=torch.float64, device=q.device)
     indices = torch.full((len(q), 2), -1, dtype=torch.int64, device=q.device)
-    center, todo, k = r[:4096].mean(0), torch.arange(len(q), device=q.device), candidates
+    center, todo, k = r[:4096].mean(0), torch.arange(len(q), device=q.device), 8
     while len(todo):
         k, unsure = min(k, len(r)), []
         for part in todo.split(max(1, 2**24 // k)):
             centered = (q[part] - center).float()
-            with exact_float32():
-                score, index, largest = _screen(
-                    centered, r, center, k, None if exclude is None else exclude[part], groups)
-            values, found = _best_two(q[part], r, index, groups, score == math.inf)
+            score, index, largest = _screen(
+                centered, r, center, k, None if exclude is None else exclude[part], groups)
+            values, nearest = _best_two(q[part], r, index, groups, score == math.inf)
             # A reference that was not picked scores at least max(score); the product's error is at
             # most 2 (D + 8) u (|q| + |r|)^2 with u = 2^-24, so its distance^2 is at least `beyond`.
             norm = centered.double().square().sum(1)
             error = 2 * (q.shape[1] + 8) * 2**-24 * (norm.sqrt() + largest) ** 2
             beyond = score.double().amax(1) + norm - error
             sure = (values[:, 1] < beyond) | (k == len(r))
-            distances[part[sure]], indices[part[sure]] = values[sure].sqrt(), found[sure]
+            distances[part[sure]], indices[part[sure]] = values[sure].sqrt(), nearest[sure]
             unsure.append(part[~sure])
         todo, k = torch.cat(unsure), 8 * k
     return distances, indices
 
 
 def copy_ratios(distances):
-    """d1/d2 of each query (Yoon; Bonnaire, arXiv 2505.17638): (Q, 2) -> (Q,) in [0, 1].
-
-    1, no copy, where both are 0 or there is no second image.
-    """
+    """d1/d2 of each query (Yoon; Bonnaire, arXiv 2505.17638): (Q, 2) -> (Q,) in [0, 1]; 1, no copy,
+    where both are 0 or there is no second image."""
     d1, d2 = distances.double().unbind(1)
     return torch.where((d2 > 0) & d2.isfinite(), d1 / d2, torch.ones_like(d1))
 
@@ -180,9 +184,9 @@ def duplicate_groups(images):
     """Near-identical images as groups: (N, ...) float -> (N,) int64, the lowest index of each.
 
     Two images are near-identical if they are nearer to each other than half the distance of either
-    to its 10th nearest (of fewer than 2,000 images the N/200-th, at least the 2nd), and so is what
-    they link to. A bound on the distance alone does not do: two blue skies are closer than two
-    copies of one detailed picture. Equal images are one in all this.
+    to its 10th nearest (of fewer than 2,000 images the N/200-th, at least the 2nd); a group is what
+    such pairs link. A bound on the distance alone does not do: two blue skies are closer than two
+    copies of one detailed picture. Equal images count as one image here.
     """
     x = images.flatten(1)
     _, first, inverse = np.unique(x.cpu().numpy(), axis=0, return_index=True, return_inverse=True)
@@ -190,9 +194,8 @@ def duplicate_groups(images):
     x = x[kept.to(x.device)]
     rank = min(10, max(2, len(x) // 200), len(x) - 1)
     if rank >= 2:
-        nearest = [d.topk(rank + 1, largest=False) for d in squared_distances(x, x)]
-        distance, index = (torch.cat(part)[:, 1:] for part in zip(*nearest, strict=True))
-        half = DUPLICATE_SHARE * distance[:, -1].sqrt()
+        distance, index = (v[:, 1:] for v in k_nearest(x, x, rank + 1))     # the first is itself
+        half = 0.5 * distance[:, -1].sqrt()
         linked = distance.sqrt() < torch.minimum(half[:, None], half[index])        # (N, rank)
         rows, columns = linked.nonzero(as_tuple=True)
         for pair in torch.stack([kept[rows.cpu()], kept[index[rows, columns].cpu()]], 1).tolist():
@@ -222,20 +225,20 @@ def fid(x, y):
     return float(shift.square().sum() + x.square().sum() + y.square().sum() - 2 * root)
 
 
-def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
+def sliced_wasserstein(x, y, projections=SW_PROJECTIONS):
     """Sliced 2-Wasserstein distance of vectors (n, D), as many in each set, and its standard error.
 
-    (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections` random unit vectors theta, a function
-    of the seed (Bonneel 2015); W_2 in one dimension pairs the sorted values. The error is the
-    jackknife's over tenths of the data, not the bootstrap's: an empirical W_2 shrinks with n, and
-    draws with replacement have fewer different points. nan for n < 10.
+    (E_theta W_2^2(theta.x, theta.y))^(1/2) over `projections` random unit vectors theta, always the
+    same (Bonneel 2015); W_2 in one dimension pairs the sorted values. The error is the jackknife's
+    over tenths of the data, not the bootstrap's: an empirical W_2 shrinks with n, and draws with
+    replacement have fewer different points. nan for n < 10.
     """
-    n, groups = len(x), groups if len(x) >= groups else 0
+    n, groups = len(x), 10 if len(x) >= 10 else 0
     # In a row, not in turn: every tenth sample may have the same class.
     member = torch.arange(n, device=x.device) * groups // n
     total, without = 0.0, torch.zeros(groups, dtype=torch.float64)
     theta = torch.randn(projections, x.shape[1], dtype=torch.float64,
-                        generator=torch.Generator().manual_seed(seed))
+                        generator=torch.Generator().manual_seed(0))
     for part in F.normalize(theta, dim=1).to(x.device).split(256):
         (a, order_a), (b, order_b) = ((part @ v.double().T).sort(1) for v in (x, y))
         total += float((a - b).square().mean(1).sum())                          # (projections, n)
@@ -244,15 +247,15 @@ def sliced_wasserstein(x, y, projections=SW_PROJECTIONS, seed=0, groups=10):
             difference = (a[group_a != k] - b[group_b != k]).reshape(len(a), -1)
             without[k] += difference.square().mean(1).sum().cpu()
     without = (without / projections).sqrt()
-    spread = (without - without.mean()).square().sum() if groups else math.nan
-    return math.sqrt(total / projections), float((1 - 1 / max(groups, 1)) * spread) ** 0.5
+    variance = (1 - 1 / groups) * (without - without.mean()).square().sum() if groups else math.nan
+    return math.sqrt(total / projections), float(variance) ** 0.5
 
 
 def kid(x, y):
     """The unbiased squared MMD of vectors (n, D) and (m, D), and its standard error.
 
     With kernel (x.y / D + 1)^3. Binkowski, eq. 4; the error is the delete-one jackknife's. nan
-    where a set has fewer than 2 vectors (the error: 3).
+    where a set has fewer than 2 vectors, the error where one has fewer than 3.
     """
     n, m, x, y = len(x), len(y), x.double(), y.double()
 
@@ -278,64 +281,28 @@ def precision_recall(samples, real, k=3):
         return math.nan, math.nan
 
     def inside(a, b):
-        radius = torch.cat([d.kthvalue(k + 1, dim=1).values for d in squared_distances(b, b)])
-        return float(torch.cat([(d <= radius).any(1)
-                                for d in squared_distances(a, b)]).double().mean())
+        radius = k_nearest(b, b, k + 1)[0][:, k]
+        covered = [(d <= radius).any(1) for d in squared_distances(a, b)]
+        return float(torch.cat(covered).double().mean())
     return inside(samples, real), inside(real, samples)
 
 
-# --- Caches: kept in data/cache under what they are made of ---------------------------------------
-
-say_once = functools.cache(functools.partial(print, flush=True))
-FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
-
-
-def digest_of(*things):
-    """64 hex digits of tensors, processes, functions, and what prints as what it is."""
-    digest = hashlib.sha256()
-    for x in things:
-        if isinstance(x, torch.Tensor):
-            digest.update(x.contiguous().cpu().numpy())
-        text = ((x.shape, x.dtype) if isinstance(x, torch.Tensor)
-                else train.fingerprint(x) if isinstance(x, train.Process)
-                else inspect.getsource(x) if inspect.isroutine(x) else getattr(x, "key", x))
-        digest.update(repr(text).encode())
-    return digest.hexdigest()
-
-
-def cached(function, *things, made_by=FILES):
-    """function(*things), kept in data/cache: tensors, which may come back on the CPU, or numbers.
-
-    Under what it is made of: the things, and the code, which is all of it unless `made_by` says
-    less. The file says so, too; one that says otherwise, or is damaged, is made anew.
-    """
-    key = digest_of(made_by, getattr(function, "__name__", ""), *things)
-    path = Path(f"data/cache/{key[:32]}.pt")
-    try:
-        return train.load_checkpoint(path, key, 0)["value"]
-    except InputError:
-        value = function(*things)
-    try:
-        train.save(path, {"run": key, "step": 0, "value": value})
-    except OSError:
-        say_once("data/cache: cannot be written, so nothing is kept there")
-    return value
-
-
-# --- Features -------------------------------------------------------------------------------------
+# --- What a metric sees ---------------------------------------------------------------------------
 
 
 class Space(NamedTuple):
-    """A feature space: extract(uint8 images (n, H, W, C)) -> float32 (n, D)."""
+    """A feature space: extract(uint8 images (n, H, W, C)) -> float32 (n, D).
+
+    digest: of the network's file; key: of all that features are made of, beside the images.
+    """
     name: str
     extract: Callable
-    digest: str = "none"            # of the network's file, where there is one
-
-    key = property(lambda s: digest_of(s.name, s.digest, network_features, inception_net))
+    digest: str = "none"
+    key: str = "pixels"
 
     def of_real(self, images):
         """extract, through the cache where a network is asked."""
-        if self.name == "pixels":
+        if self.key == "pixels":
             return self.extract(images)
         return cached(self.extract, images, made_by=self.key).to(images.device)
 
@@ -345,181 +312,66 @@ def pixel_features(images):
     return to_float(images).permute(0, 2, 3, 1).flatten(1)
 
 
-@torch.inference_mode()
-def network_features(net, images, flag="net", size=None, mean=0.0, std=1.0, batch=128):
-    """uint8 images (n, H, W, C) -> net(images (B, 3, H, W) in [0, 1]), float32 (n, D).
-
-    size: resize to size x size first; mean, std: numbers or (1, 3, 1, 1). Raises InputError, naming
-    the flag, where the network fails or returns anything but finite (B, D).
-    """
-    features = []
-    for part in tqdm(images.split(batch), desc="features", unit="batch", leave=False, disable=None):
-        x = part.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1).contiguous() / 255
-        if size:
-            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-        with reading(f"{flag}, given {tuple(x.shape)}"):
-            y = net((x - mean) / std)
-            if not isinstance(y, torch.Tensor) or y.dim() != 2 or len(y) != len(x):
-                raise TypeError(f"returns {getattr(y, 'shape', type(y).__name__)}, "
-                                f"must be a tensor ({len(x)}, D)")
-            if not y.isfinite().all():
-                raise ValueError("returns numbers that are not finite")
-        features.append(y.float())
-    return torch.cat(features)
-
-
-def inception_net(state):
-    """The Inception v3 of FID, (B, 3, 299, 299) in [-1, 1] -> (B, 2048), from a state dict.
-
-    As pytorch-fid 0.3.0 computes it: torchvision's network, but average pools do not count the
-    padding, the last block has a max pool, and there are 1,008 classes. Raises InputError.
-    """
-    with train.needs_torchvision("--features inception"):
-        from torchvision.models import inception as tv
-
-    def patched(block, pool=lambda x: F.avg_pool2d(x, 3, stride=1, padding=1,
-                                                   count_include_pad=False)):
-        class FIDBlock(block):
-            def _forward(self, x):                      # the pool's branch is the last one
-                return super()._forward(x)[:-1] + [self.branch_pool(self.pool(x))]
-        FIDBlock.pool = staticmethod(pool)
-        return FIDBlock
-    blocks = [tv.BasicConv2d, patched(tv.InceptionA), tv.InceptionB, patched(tv.InceptionC),
-              tv.InceptionD, patched(tv.InceptionE), tv.InceptionAux]
-    net = tv.Inception3(num_classes=1008, aux_logits=False, transform_input=False,
-                        inception_blocks=blocks, init_weights=False, dropout=0.0)
-    net.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, stride=1, padding=1)
-    with reading("--weights: not the state dict of the FID Inception graph"):
-        net.load_state_dict({k: v for k, v in state.items() if not k.startswith("AuxLogits.")})
-    net.fc = torch.nn.Identity()
-    return net.eval().requires_grad_(False)
-
-
-def load_inception(weights, device):
-    """The space of FID: weights from a file, or (None) pytorch-fid's GitHub release, kept by torch.
-
-    Raises InputError where they cannot be had or are damaged, saying what to fetch and where to.
-    """
-    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.split("/")[-1])
-    if weights is None:
-        with reading("--features inception: the weights cannot be had",
-                     f"fetch {WEIGHTS_URL} to {path}, or name the file with --weights"):
-            torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False,
-                                               map_location="cpu")
-    with reading(f"--weights {path}"):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    net = inception_net(state).to(device)
-    if digest not in WEIGHTS_URL:
-        print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not "
-              "comparable", flush=True)
-    return Space("inception", functools.partial(
-        network_features, net, flag="--features inception", size=299, mean=0.5, std=0.5), digest)
-
-
-def load_network(flag, path, device, **options):
-    """The space of a saved network, uint8-like images (B, 3, H, W) in [0, 1] -> (B, D).
-
-    A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. Named by
-    the file's stem and digest. options: of network_features. Raises InputError.
-    """
-    with reading(f"{flag} {path}"):
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-        if Path(path).suffix == ".pt2":
-            logging.getLogger("torch.export").disabled = True   # it prints tracebacks, beside ours
-            net = torch.export.load(path).module().to(device)
-        else:
-            say_once(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; save it by "
-                     "torch.export as a .pt2 file")
-            net = torch.jit.load(path, map_location=device).eval()
-    extract = functools.partial(network_features, net, flag=f"{flag} {path}", **options)
-    return Space(f"{space_name(path)}-{digest}", extract, digest)
-
-
-def space_name(path):
-    """The word for a network's file in names of columns."""
-    return re.sub(r"[^\w.-]", "-", Path(path).stem)
-
-
-def load_sscd(path, device):
-    """The space of an SSCD model, images prepared as its authors' "small 288" transform does."""
-    mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1)
-                 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    space = load_network("--sscd", path, device, size=SSCD_SIZE, mean=mean, std=std)
-    return space._replace(name="sscd", extract=lambda x: F.normalize(space.extract(x), dim=1))
-
-
-def load_space(name, weights, device):
-    """The Space of --features: inception, pixels or a file."""
-    if name == "pixels":
-        return Space("pixels", pixel_features)
-    return load_inception(weights, device) if name == "inception" else load_network(
-        "--features", name, device)
-
-
-# --- What a metric sees ---------------------------------------------------------------------------
+PIXELS = Space("pixels", pixel_features)
 
 
 class Subset:
     """The training subset that copies are searched in, the held-out images, and their features.
 
     train, heldout uint8 (n, S, S, C); groups (N,) of near-duplicates. Where training flipped, a
-    mirrored copy is a copy, of the same group as its original. space: of fidelity; most: the
-    held-out images that it takes at most. Raises InputError where all are near-duplicates.
+    mirrored copy is a copy, of the same group as its original. space: of fidelity; most: how many
+    held-out images fidelity takes at most (all). own: the two nearest of each training image among
+    those of other groups; references: features, float32 (n, D), of real images.
+    Raises InputError where all are near-duplicates.
     """
 
-    def __init__(self, data, flip, device, space=None, sscd=None, most=None):
+    def __init__(self, data, flip, device, space=PIXELS, sscd=None, most=10**9):
         self.train = torch.from_numpy(data.train_images).to(device)
         self.heldout = torch.from_numpy(data.heldout_images).to(device)
-        self.groups = cached(duplicate_groups, pixel_features(self.train)).to(device)
+        self.search = pixel_features(self.train)
+        self.groups = self.search_groups = cached(duplicate_groups, self.search).to(device)
         if len(self.groups.unique()) < 2:
             raise InputError("the training images are all near-duplicates of one another: d1/d2 "
                              "has no meaning")
-        views = [self.train, self.train.flip(2)] if flip else [self.train]
-        self.search = torch.cat([pixel_features(view) for view in views])
-        self.search_groups = self.groups.repeat(len(views))
-        self.space, self.sscd = space or Space("pixels", pixel_features), sscd
-        self.most = min(most or len(self.heldout), len(self.heldout))
-        self.key = digest_of(self.search, self.heldout, self.most, self.space, sscd)
+        if flip:
+            self.search = torch.cat([self.search, pixel_features(self.train.flip(2))])
+            self.search_groups = self.groups.repeat(2)
+        self.own = self.nearest(self.train, self.groups)
+        self.space, self.sscd, self.most = space, sscd, min(most, len(self.heldout))
+        self.references = {"train": space.of_real(self.train),
+                           "heldout": space.of_real(self.heldout[:self.most]),
+                           "sscd": sscd and sscd.of_real(self.train)}
+        self.key = digest_of(self.search, self.heldout, self.most, space, sscd)
 
     def nearest(self, images, exclude=None):
         """two_nearest of uint8 images: distances and indices, each (n, 2)."""
-        distances, i = (x.to(self.train.device) for x in cached(
+        distances, indices = (x.to(self.train.device) for x in cached(
             two_nearest, pixel_features(images), self.search, self.search_groups, exclude))
-        return distances, torch.where(i < 0, i, i % len(self.train))
-
-    # The neighbours of each training image among those of other groups.
-    own = functools.cached_property(lambda s: s.nearest(s.train, s.groups))
-
-    @functools.cached_property
-    def references(self):
-        """Features of real images: {"train", "heldout", "sscd"}, float (n, D)."""
-        return {"train": self.space.of_real(self.train),
-                "heldout": self.space.of_real(self.heldout[:self.most]),
-                "sscd": self.sscd and self.sscd.of_real(self.train)}
+        return distances, torch.where(indices < 0, indices, indices % len(self.train))
 
 
-@dataclass
 class Context:
-    """Pictures to be measured, uint8 (n, S, S, C), and what a metric may ask of them, once each."""
-    images: torch.Tensor
-    subset: Subset
-    splits: tuple = ("train", "heldout")        # what fidelity is measured against
+    """Pictures to be measured and what a metric may ask of them; `c` in all that follows.
 
-    count = property(lambda c: min(len(c.images), c.subset.most))       # fidelity's first pictures
-    features = functools.cached_property(lambda c: c.subset.space.extract(c.images[:c.count]))
-    pixels = functools.cached_property(lambda c: pixel_features(c.images))          # (n, D)
-    neighbours = functools.cached_property(lambda c: c.subset.nearest(c.images))
-    distances = property(lambda c: c.neighbours[0][:, 0])       # to the nearest training image
-    nearest = property(lambda c: c.neighbours[1][:, 0])         # its index
-    ratios = functools.cached_property(lambda c: copy_ratios(c.neighbours[0]))      # d1/d2
-    key = property(lambda c: digest_of(c.images, c.nearest, c.splits, c.subset))
+    images uint8 (n, S, S, C), pixels (n, D); distances (n,) to the nearest training image, nearest
+    (n,) its index, ratios (n,) d1/d2; count: fidelity takes so many, the first ones, and compares
+    them with `splits`. neighbours: the two nearest, if not those in subset.search.
+    """
+
+    def __init__(self, images, subset, splits=("train", "heldout"), neighbours=None):
+        self.images = torch.as_tensor(images, device=subset.train.device)
+        self.subset, self.splits, self.count = subset, splits, min(len(images), subset.most)
+        self.pixels = pixel_features(self.images)
+        self.neighbours = neighbours or subset.nearest(self.images)     # distances, indices (n, 2)
+        self.distances, self.nearest = (x[:, 0] for x in self.neighbours)
+        self.ratios = copy_ratios(self.neighbours[0])
+        self.key = digest_of(self.images, self.nearest, splits, subset)
 
 
 # --- Metrics: functions from a Context to columns -------------------------------------------------
 
 
-def share(name, hits, end=""):
+def share_columns(name, hits, end=""):
     """The share of True in hits (n,), with its 95 % Wilson interval: columns NAME_ratio, ..."""
     n, z = len(hits), 1.959964
     p, z2n = int(hits.sum()) / n, z * z / n
@@ -533,7 +385,7 @@ def copying(c):
     are copied at 1/3, and how often the most copied one is."""
     row = {}
     for end, threshold in THRESHOLDS.items():
-        row |= share("copy", c.ratios < threshold, end)
+        row |= share_columns("copy", c.ratios < threshold, end)
     copied = c.subset.groups[c.nearest[c.ratios < THRESHOLDS[""]]]
     counts = torch.bincount(copied, minlength=1)
     return row | {"distinct_copied": int((counts > 0).sum()), "most_copied": int(counts.max())}
@@ -562,18 +414,18 @@ def distances_of(x, reference, end):
 
 def fidelity(c):
     """How far the pictures' distribution is from the training and from the held-out images'."""
-    row = {}
+    row, features = {}, c.subset.space.extract(c.images[:c.count])
     for split in c.splits:
         end, reference = f"{c.subset.space.name}_{split}", c.subset.references[split]
-        row |= distances_of(c.features, reference, end)
-        row |= zip((f"precision_{end}", f"recall_{end}"),
-                   precision_recall(c.features, reference[:c.count]), strict=True)
+        precision, recall = precision_recall(features, reference[:c.count])
+        row |= distances_of(features, reference, end)
+        row |= {f"precision_{end}": precision, f"recall_{end}": recall}
     return row
 
 
 def replaced(c):
-    """Distances to held-out images were each picture its nearest training image: a hump that stays
-    comes from which images are copied, not from how the pictures look."""
+    """Distances to held-out images with each picture replaced by its nearest training image: a hump
+    that stays comes from which images are copied, not from how the pictures look."""
     if "heldout" not in c.splits:
         return {}
     x, held = c.subset.references["train"][c.nearest[:c.count]], c.subset.references["heldout"]
@@ -595,10 +447,8 @@ def nearest_rms(c):
 
 
 def non_negative(x, y, sweeps=300):
-    """Weights w (n, k) >= 0 for which w @ y is nearest to x, by coordinate descent, in float64.
-
-    x (n, D), y (n, k, D): non-negative least squares, on the Gram matrices (n, k, k).
-    """
+    """Weights w (n, k) >= 0 for which w @ y is nearest to x; x (n, D), y (n, k, D), float64.
+    Non-negative least squares by coordinate descent, on the Gram matrices (n, k, k)."""
     gram, b = y @ y.mT, (y @ x[:, :, None])[..., 0]
     w, scale = torch.zeros_like(b), gram.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
     for j in [*range(w.shape[1])] * sweeps:
@@ -610,18 +460,17 @@ def non_negative(x, y, sweeps=300):
 def mixture(c, k=10):
     """How far the pictures are from mixtures of training images: the median rms, over numbers in
     [-1, 1], of what the best non-negative combination of the k nearest leaves."""
-    known, left = c.subset.search, []
-    index = torch.cat([d.topk(min(k, len(known)), largest=False).indices
-                       for d in squared_distances(c.pixels, known)])
+    search, left = c.subset.search, []
+    _, index = k_nearest(c.pixels, search, min(k, len(search)))
     for x, i in zip(c.pixels.double().split(512), index.split(512), strict=True):
-        y = known[i].double()                                           # (rows, k, D)
+        y = search[i].double()                                          # (rows, k, D)
         left.append((x - (non_negative(x, y)[:, :, None] * y).sum(1)).square().mean(1).sqrt())
     return {"mixture_residual": float(torch.cat(left).median())}
 
 
 def near_samples(c):
     """The share of pictures that are no copies, yet nearer to another picture than to any training
-    image: spurious attractors (arXiv 2505.21777), where it is more than held-out images have."""
+    image. More of them than among held-out images: spurious attractors (arXiv 2505.21777)."""
     x, own = c.pixels[:c.count], torch.arange(c.count, device=c.images.device)
     near = two_nearest(x, x, exclude=own)[0][:, 0] < c.distances[:c.count]
     return {"near_samples": float((near & (c.ratios[:c.count] >= THRESHOLDS[""])).double().mean())}
@@ -632,9 +481,10 @@ def similarity(c):
     training image in SSCD features exceeds .6."""
     if c.subset.sscd is None:
         return {}
-    y, x = c.subset.references["sscd"].double(), c.subset.sscd.extract(c.images).double()
+    features = c.subset.sscd.extract(c.images), c.subset.references["sscd"]
+    x, y = (F.normalize(v, dim=1).double() for v in features)
     highest = torch.cat([(part @ y.T).amax(1) for part in x.split(1024)])
-    return share("sscd", highest > SSCD_THRESHOLD)
+    return share_columns("sscd", highest > SSCD_THRESHOLD)
 
 
 METRICS = (copying, authenticity, fidelity, replaced, sharpness, nearest_rms, mixture, near_samples,
@@ -658,66 +508,12 @@ def power_spectrum(images):
 @torch.inference_mode()
 def loss_floor(process, images, labels, count):
     """The perfect memorizer's loss on its own images, by level, as train.evaluate gives it: a list.
-
-    images uint8 (n, S, S, C), labels (n,) or None. No network has less.
-    """
+    No network has less. images uint8 (n, S, S, C), labels (n,) or None."""
     net = sample.memorizer(process, to_float(images).contiguous(), labels)
     return train.evaluate(net, process, images, labels, count, amp="off")[1].tolist()
 
 
-# --- One run --------------------------------------------------------------------------------------
-
-
-def write_table(path, rows):
-    """Write dicts as CSV, with every column that any of them has."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    write_csv(path, [{c: row.get(c, "") for c in columns} for row in rows])
-
-
-def read_table(path):
-    """The rows of a table, by (set, step): {key: [row]}. Raises InputError: damaged, another's."""
-    table = {}
-    for row in train.read_csv(path):
-        with reading(path, "delete it to measure anew"):
-            table.setdefault((row.get("set", ""), int(row["step"])), []).append(row)
-    return table
-
-
-def open_samples(args, record, device, name, step):
-    """The first --num samples of a snapshot, uint8 (n, S, S, C), checked; the file's Samples; and a
-    digest of these samples."""
-    path, shape = sample.samples_path(args.run, name, step), tuple(record["image_shape"])
-    num = None if step == "exact" else args.num
-    found = sample.read_samples(path, train.identity(record))
-    images = found.images
-    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
-        raise InputError(f"{path}: {images.dtype} {images.shape}, "
-                         f"must be uint8 (num, {', '.join(map(str, shape))})")
-    if num and num > len(images):
-        raise InputError(f"--num {num}: {path} holds only {len(images)}; run sample.py --num {num}")
-    images = np.ascontiguousarray(images[:num])
-    return (torch.from_numpy(images).to(device), found,
-            hashlib.sha256(images.tobytes()).hexdigest()[:8])
-
-
-def write_neighbours(path, c, digest="", step=-1, labels=()):
-    """neighbours/[SET/]STEP.npz: the two nearest training images of each, the first 64 to look at.
-    """
-    arrays = {"distances": c.neighbours[0], "indices": c.neighbours[1], "ratios": c.ratios,
-              "samples": c.images[:64], "nearest": c.subset.train[c.nearest[:64]]}
-    arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
-    write_atomic(path, lambda file: np.savez(file, labels=labels, samples_digest=digest, step=step,
-                                             **arrays))
-
-
-def has_neighbours(path, digest, step):
-    """Whether the file is whole, and made of these samples."""
-    try:
-        with reading(path), np.load(path) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-            return (str(arrays["samples_digest"]), int(arrays["step"])) == (digest, step)
-    except InputError:
-        return False
+# --- Controls and one run -------------------------------------------------------------------------
 
 
 def measure_controls(run, subset, exact):
@@ -726,101 +522,108 @@ def measure_controls(run, subset, exact):
     heldout: the held-out images as if they were samples, what a perfect generalizer draws; where
     there are enough, those compared are others than the reference. training: draws of training
     images, a perfect memorizer's. leave_one_out: each training image among the others. exact:
-    samples of the exact denoiser, or None. Metrics are kept in the cache, and their columns are
-    those that METRICS have. What the file holds of another feature space stays, if of as many.
+    samples of the exact denoiser, uint8 (n, S, S, C), or None. What the file holds of another
+    feature space stays, if of as many pictures.
     """
-    n, apart = len(subset.train), 2 * subset.most <= len(subset.heldout)
-    draws = torch.randint(n, (max(n, subset.most),), generator=generator("cpu", "control"))
-    contexts = {"heldout": Context(subset.heldout.roll(-subset.most * apart, 0), subset,
-                                   ("train", "heldout")[:1 + apart]),
-                "training": Context(subset.train[draws.to(subset.train.device)], subset),
-                "leave_one_out": Context(subset.train, subset)}
-    contexts["leave_one_out"].neighbours = subset.own
-    contexts |= {} if exact is None else {"exact": Context(exact, subset)}
-    old, rows, found = {r.get("name"): r for r in train.read_csv(run / "controls.csv")}, [], {}
+    n, most, heldout, splits = len(subset.train), subset.most, subset.heldout, ("train",)
+    if 2 * most <= len(heldout):                # the first ones are the reference
+        heldout, splits = heldout.roll(-most, 0), ("train", "heldout")
+    draws = torch.randint(n, (max(n, most),), generator=generator("cpu", "control"))
+    contexts = {"heldout": Context(heldout, subset, splits),
+                "training": Context(subset.train[draws.to(heldout.device)], subset),
+                "leave_one_out": Context(subset.train, subset, neighbours=subset.own)}
+    if exact is not None:
+        contexts["exact"] = Context(exact, subset)
+    old = {row.get("name"): row for row in train.read_csv(run / "controls.csv")}
+    rows, results = [], {}
     for name, c in contexts.items():
         metrics = (copying, nearest_rms) if name == "leave_one_out" else METRICS
-        found[name] = {metric: cached(metric, c) for metric in metrics}
+        results[name] = {metric: cached(metric, c) for metric in metrics}
         row = {"name": name, "images": len(c.images), "compared": c.count}
-        same = all(str(value) == old.get(name, {}).get(key) for key, value in row.items())
-        rows.append(functools.reduce(dict.__or__, found[name].values(),
-                                     row | (old[name] if same else {})))
+        if all(str(value) == old.get(name, {}).get(key) for key, value in row.items()):
+            row |= old[name]
+        for columns in results[name].values():
+            row |= columns
+        rows.append(row)
         write_neighbours(run / f"neighbours/{name}.npz", c)
-    write_table(run / "controls.csv", rows)
-    return found
-
-
-def missing(row, digest, columns, spaces):
-    """What a row of metrics.csv says of samples with this digest, and the metrics that it lacks."""
-    row = row if row.get("samples_digest") == digest else {}
-    for s in spaces:
-        if row.get(f"weights_{s.name}") != s.digest:
-            row = {k: v for k, v in row.items() if s.name not in k}
-    return row, [m for m, names in columns.items() if not all(row.get(name) for name in names)]
+    write_csv(run / "controls.csv", rows)
+    return results
 
 
 @torch.inference_mode()
 def measure(args, record, device):
     """All tables of a run. What is done is skipped, snapshot by snapshot and metric by metric."""
     run, options, sets = args.run, record["options"], sample.sample_sets(args.run)
-    read = functools.partial(open_samples, args, record, device)
-    drawn = {(name, step): read(name, step) for name, steps in sets.items() for step in steps}
+    drawn = {(name, step): open_samples(run, record, name, step, args.num)
+             for name, steps in sets.items() for step in steps}
     if not drawn:
         raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
-    exact = [read(name, "exact")[0] for name in dict.fromkeys([*sets, ""])
-             if sample.samples_path(run, name, "exact").exists()][:1] or [None]
-    table = {key: rows[0] for key, rows in read_table(run / "metrics.csv").items()}
-    spaces = [load_space(args.features, args.weights, device)]
-    spaces += [load_sscd(args.sscd, device)] if args.sscd else []
-    data = train.load_subset(run, record, args.data)
+    exact = next((open_samples(run, record, name, "exact").images for name in [*sets, ""]
+                  if sample.samples_path(run, name, "exact").exists()), None)
+    table = {key: rows[0] for key, rows in rows_by_snapshot(run / "metrics.csv").items()}
+    spaces, data = load_spaces(args, device), train.load_subset(run, record, args.data)
     subset = Subset(data, options["flip"], device, *spaces,
-                    most=max(len(images) for images, _, _ in drawn.values()))
-    write_csv(run / "duplicates.csv", [{"image": i, "duplicate_of": g} for i, g in
-                                       enumerate(subset.groups.tolist()) if g != i],
-              columns=("image", "duplicate_of"))
-    write_table(run / "spectrum.csv", [
-        {"name": "", "set": name, "step": step, **power_spectrum(images)}
-        for (name, step), (images, _, _) in drawn.items()] + [
-        {"name": "heldout", **power_spectrum(subset.heldout)},
-        {"name": "training", **power_spectrum(subset.train)}])
-    controls = measure_controls(run, subset, *exact)
-    floor = cached(loss_floor, train.PROCESSES[options["process"]], *train.data_on(
-        device, data, record["classes"])["train"], options["eval_images"])
-    same = {f"null_{k}": v for columns in controls["heldout"].values() for k, v in columns.items()
-            if k.startswith(NULLS)} | {f"floor_level{k}": v for k, v in enumerate(floor)}
-    measure_samples(args, options["batch"], drawn, subset, table, controls["training"], same)
+                    most=max(len(samples.images) for samples in drawn.values()))
+    duplicates = [{"image": i, "duplicate_of": group}
+                  for i, group in enumerate(subset.groups.tolist()) if group != i]
+    write_csv(run / "duplicates.csv", duplicates, columns=("image", "duplicate_of"))
+    spectra = [{"name": "", "set": name, "step": step,
+                **power_spectrum(torch.from_numpy(samples.images).to(device))}
+               for (name, step), samples in drawn.items()]
+    write_csv(run / "spectrum.csv", [*spectra,
+                                     {"name": "heldout", **power_spectrum(subset.heldout)},
+                                     {"name": "training", **power_spectrum(subset.train)}])
+    controls = measure_controls(run, subset, exact)
+    common = {}
+    for columns in controls["heldout"].values():
+        common |= {f"null_{k}": value for k, value in columns.items() if k.startswith(NULLS)}
+    labels = torch.from_numpy(data.train_labels).to(device)
+    floor = cached(loss_floor, train.PROCESSES[options["process"]], subset.train,
+                   labels if record["classes"] else None, options["eval_images"])
+    common |= {f"floor_level{k}": value for k, value in enumerate(floor)}
+    measure_samples(args, options["batch"], drawn, subset, table, controls["training"], common)
     if args.planted:
         write_csv(run / "planted.csv", planted_rows(subset))
         print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
 
 
-def measure_samples(args, batch, drawn, subset, table, columns, same):
+def measure_samples(args, batch, drawn, subset, table, columns, common):
     """metrics.csv and neighbours/[SET/]STEP.npz of the samples that lack any of the columns.
 
-    columns: {metric: its columns}; same: columns that are the same in all rows.
+    drawn: {(set, step): Samples}; table: {(set, step): row of metrics.csv}; columns: {metric: its
+    columns}; common: columns that are the same in all rows.
     """
     run, spaces, todo = args.run, [s for s in (subset.space, subset.sscd) if s], []
-    for (name, step), (_, _, digest) in drawn.items():
-        row, lacking = missing(table.get((name, step), {}), digest, columns, spaces)
-        table[name, step] = row | same if row else {}
+    for (name, step), samples in drawn.items():
+        digest = hashlib.sha256(samples.images.tobytes()).hexdigest()[:8]
+        row = table.pop((name, step), {})
+        if row.get("samples_digest") != digest:
+            row = {}
+        for space in spaces:                    # features of other weights are other columns
+            if row.get(f"weights_{space.name}") != space.digest:
+                row = {k: value for k, value in row.items() if space.name not in k}
+        if row:
+            table[name, step] = row | common
+        lacking = [m for m, names in columns.items() if not all(row.get(k) for k in names)]
         path = run / "neighbours" / name / f"{step:07d}.npz"
         if lacking or not has_neighbours(path, digest, step):
-            todo.append((name, step, lacking, path))
+            todo.append((name, step, digest, lacking, path))
     print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
           f"{', '.join(s.name for s in spaces)}, on {subset.train.device}", flush=True)
 
     def write():
-        write_table(run / "metrics.csv", [table[key] for key in sorted(table) if table[key]])
-    for name, step, lacking, path in todo:
-        images, found, digest = drawn[name, step]
-        c = Context(images, subset)
-        row = {"set": name, "step": step, "images": step * batch, "samples": len(images),
-               "samples_digest": digest, **{f"setting_{k}": v for k, v in found.settings.items()},
-               "out_of_range": found.out_of_range} | table[name, step]
+        write_csv(run / "metrics.csv", [table[key] for key in sorted(table)])
+    for name, step, digest, lacking, path in todo:
+        samples = drawn[name, step]
+        c = Context(samples.images, subset)
+        row = {"set": name, "step": step, "images": step * batch, "samples": len(c.images),
+               "samples_digest": digest}
+        row |= {f"setting_{k}": value for k, value in samples.settings.items()}
+        row |= {"out_of_range": samples.out_of_range} | table.get((name, step), {})
         for metric in lacking:
             row |= metric(c)
-        write_neighbours(path, c, digest, step, found.labels[:len(images)])
-        table[name, step] = row | same | {f"weights_{s.name}": s.digest for s in spaces}
+        write_neighbours(path, c, digest, step, samples.labels)
+        table[name, step] = row | common | {f"weights_{s.name}": s.digest for s in spaces}
         write()
         print(f"step {step:7d}  {name}  copies {float(row['copy_ratio']):.4f}  FID train "
               f"{float(row[f'fid_{subset.space.name}_train']):.2f}  held-out "
@@ -856,7 +659,7 @@ def local(images, patch=3):
     A patch is the patch x patch pixels around it, as far as they lie in the picture. Kamb's local
     denoiser, with patches of the same place only. images (N, C, H, W); memory: about 500 MB.
     """
-    mean, known = images.mean(0), F.pad(images - images.mean(0), [patch // 2] * 4)
+    mean, padded_images = images.mean(0), F.pad(images - images.mean(0), [patch // 2] * 4)
 
     def patches(padded, i):         # around the pixels of row i: (W, n, C patch^2)
         return F.unfold(padded[:, :, i:i + patch], patch).permute(2, 0, 1)
@@ -865,7 +668,7 @@ def local(images, patch=3):
         x0, a, s = torch.empty_like(xt), a[:, None, None, None], s[:, None, None, None]
         x = F.pad(xt - a * mean, [patch // 2] * 4)
         for i in range(xt.shape[2]):
-            y, center = patches(known, i), (images - mean)[:, :, i].permute(2, 0, 1)
+            y, center = patches(padded_images, i), (images - mean)[:, :, i].permute(2, 0, 1)
             y2, rows = y.square().sum(2)[:, None], max(1, 2**25 // (len(y) * len(images)))
             for q in torch.arange(len(xt), device=xt.device).split(rows):
                 a_, s_ = a[q, :, 0, 0], s[q, :, 0, 0]
@@ -876,28 +679,29 @@ def local(images, patch=3):
 
 
 def per_class(make, process, images, labels):
-    """net(xt, t, labels) of the estimates make(images of a class): f(xt, a, s) -> x0.
+    """net(xt, t, labels) of the estimates make(images of a class): f(xt, a, s) -> x0; of all images
+    where the class has fewer than two."""
+    estimates = {}
+    for k in labels.unique().tolist():
+        own = images[labels == k]
+        estimates[k] = make(own if len(own) > 1 else images)
 
-    A class of fewer than two images takes all images.
-    """
-    @functools.cache
-    def estimate(k):
-        return make(images[labels == k] if (labels == k).sum() > 1 else images)
-
-    def net(xt, t, wanted):
+    def net(xt, t, labels):
         (a, s), x0 = process.schedule(t), torch.empty_like(xt)
-        for k in wanted.unique().tolist():
-            rows = wanted == k
-            x0[rows] = estimate(k)(xt[rows], a[rows], s[rows])
+        for k in labels.unique().tolist():
+            rows = labels == k
+            x0[rows] = estimates[k](xt[rows], a[rows], s[rows])
         return process.prediction(xt, x0, t)
     return net
 
 
 def x0_of(net, process, xt, t, labels):
     """What a net takes for x0, (n, C, H, W); clamped where sampling clamps it."""
-    x0 = torch.cat([process.x0_eps(x, net(x, u, k), u)[0] for x, u, k in zip(
-        xt.split(256), t.split(256), labels.split(256), strict=True)])
-    return x0.clamp(-1, 1) if process.clip else x0
+    parts = []
+    for rows in torch.arange(len(xt), device=xt.device).split(256):
+        prediction = net(xt[rows], t[rows], labels[rows])
+        parts.append(process.x0_eps(xt[rows], prediction, t[rows])[0])
+    return torch.cat(parts).clamp(-1, 1) if process.clip else torch.cat(parts)
 
 
 def noised(process, x0, labels):
@@ -912,46 +716,49 @@ def on_path(net, process, shape, labels):
     """(xt, t, labels) as noised gives them, of points on the net's own way to an image."""
     seen = []
 
-    def watched(xt, t, wanted):
+    def watched(xt, t, labels):
         seen.append((xt, t))
-        return net(xt, t, wanted)
+        return net(xt, t, labels)
     sample.sample(watched, process, shape, [(0, i) for i in range(len(labels))], 2 * LEVELS,
                   clip=process.clip, labels=labels, device=labels.device)
-    xt, t = (torch.cat(part) for part in zip(*seen[1::2], strict=True))
-    return xt, t, labels.repeat(LEVELS)
+    xt, t = [x for x, _ in seen[1::2]], [t for _, t in seen[1::2]]
+    return torch.cat(xt), torch.cat(t), labels.repeat(LEVELS)
 
 
 def denoiser_study(process, data, patch):
     """A function net -> rows of denoisers.csv: how far its x0 is from that of known denoisers.
 
     data: (images uint8, labels) of the training subset and of the held-out images, labels all 0
-    where the model has no classes; else each reference is that of the class. The population's
-    stand-in is the held-out images that are no inputs. rms over numbers in [-1, 1].
+    where the model has no classes; else each reference is that of the class. The population is
+    stood in for by the held-out images that are no inputs. rms over numbers in [-1, 1].
     """
-    (images, labels), (other, other_labels) = ((to_float(x).contiguous(), k) for x, k in data)
-    seen = torch.isin(other_labels, labels)         # what the model has a class for
-    other, other_labels = other[seen], other_labels[seen]
-    if len(other) < 2:
+    (images, labels), (heldout, heldout_labels) = data
+    images, heldout = to_float(images).contiguous(), to_float(heldout).contiguous()
+    has_class = torch.isin(heldout_labels, labels)      # one that the model was trained on
+    heldout, heldout_labels = heldout[has_class], heldout_labels[has_class]
+    if len(heldout) < 2:
         raise InputError("--denoisers: too few held-out images of the classes trained on")
-    m = min(INPUTS, len(other) // 2)
-    known = process, images, labels
-    references = {"memorizer": sample.memorizer(*known), "gaussian": per_class(gaussian, *known),
-                  "local": per_class(functools.partial(local, patch=patch), *known),
-                  "population": sample.memorizer(process, other[m:], other_labels[m:])}
-    fixed = {"heldout": noised(process, other[:m], other_labels[:m]),
-             "training": noised(process, images[:INPUTS], labels[:INPUTS])}
-    expected = functools.cache(lambda kind, name: x0_of(references[name], process, *fixed[kind]))
-    classes = labels.unique()
-    wanted = classes[torch.arange(INPUTS, device=labels.device) % len(classes)]
+    m = min(INPUTS, len(heldout) // 2)
+    trained = process, images, labels
+    references = {"memorizer": sample.memorizer(*trained),
+                  "gaussian": per_class(gaussian, *trained),
+                  "local": per_class(functools.partial(local, patch=patch), *trained),
+                  "population": sample.memorizer(process, heldout[m:], heldout_labels[m:])}
+    inputs = {"heldout": noised(process, heldout[:m], heldout_labels[:m]),
+              "training": noised(process, images[:INPUTS], labels[:INPUTS])}
+    expected = {(kind, name): x0_of(reference, process, *points)
+                for kind, points in inputs.items() for name, reference in references.items()}
+    path_labels = labels.unique().repeat(INPUTS)[:INPUTS]       # the classes in turn
 
     def rows_of(net):
-        rows, path = [], on_path(net, process, images.shape[1:], wanted)
-        for kind, points in {"path": path, **fixed}.items():
+        rows, path = [], on_path(net, process, images.shape[1:], path_labels)
+        for name, reference in references.items():
+            expected["path", name] = x0_of(reference, process, *path)
+        for kind, points in {"path": path, **inputs}.items():
             own = x0_of(net, process, *points)
-            for name, reference in references.items():
-                x0 = expected(kind, name) if kind in fixed else x0_of(reference, process, *points)
-                rms = (own - x0).square().mean((1, 2, 3)).sqrt().reshape(LEVELS, -1).flip(0)
-                for level, values in enumerate(rms):
+            for name in references:
+                rms = (own - expected[kind, name]).square().mean((1, 2, 3)).sqrt()
+                for level, values in enumerate(rms.reshape(LEVELS, -1).flip(0)):
                     low, median, high = values.quantile(values.new_tensor([.25, .5, .75])).tolist()
                     rows.append({"level": level, "t": (level + 0.5) / LEVELS, "inputs": kind,
                                  "reference": name, "median": median, "low": low, "high": high})
@@ -963,172 +770,322 @@ def denoiser_study(process, data, patch):
 def measure_denoisers(args, record, device):
     """denoisers.csv: denoiser_study of the averaged weights of every snapshot that is not done."""
     run, process = args.run, train.PROCESSES[record["options"]["process"]]
-    steps = sample.snapshots(run)
+    table, steps, todo = rows_by_snapshot(run / "denoisers.csv"), sample.snapshots(run), {}
     if not steps:
         raise InputError(f"{run}: has no snapshots; train it first")
-    table = read_table(run / "denoisers.csv")
+    for step in steps:
+        made_of = digest_of((run / f"snapshots/{step:07d}.pt").read_bytes(), train.identity(record),
+                            args.patch, gaussian, local, per_class, denoiser_study)[:8]
+        if [row.get("made_of") for row in table.get(("", step), [])] != [made_of] * 12 * LEVELS:
+            todo[step] = made_of
+    if not todo:
+        return
     data = train.data_on(device, train.load_subset(run, record, args.data), classes=True).values()
     rows_of = denoiser_study(process, [(x, k if record["classes"] else 0 * k) for x, k in data],
                              args.patch)
     net = sample.load_net(run, record, device)
-    for step in steps:
-        made_of = digest_of((run / f"snapshots/{step:07d}.pt").read_bytes(), train.identity(record),
-                            args.patch, gaussian, local, per_class, denoiser_study)[:8]
-        if [row.get("made_of") for row in table.get(("", step), [])] == [made_of] * 12 * LEVELS:
-            continue
+    for step, made_of in todo.items():
         sample.load_ema(net, run, record, step)
         table["", step] = [{"set": "", "step": step, **row, "made_of": made_of}
                            for row in rows_of(net)]
-        write_table(run / "denoisers.csv", [row for key in sorted(table) for row in table[key]])
+        write_csv(run / "denoisers.csv", [row for key in sorted(table) for row in table[key]])
         print(f"{run}/denoisers.csv: step {step}", flush=True)
-
-
-# --- Command line ---------------------------------------------------------------------------------
-
-
-def parse(argv):
-    """The options. Raises InputError on values that make no sense."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
-    add("run", type=Path, help="run folder, trained and sampled")
-    add("--features", help="space of FID, KID, SW, precision and recall: inception, pixels, or a "
-        "network (B, 3, H, W) in [0, 1] -> (B, D) saved by torch.export (.pt2) or as TorchScript; "
-        "it runs what its maker put in, so only a trusted one (inception for colour pictures of 32 "
-        "pixels or more that are no toys, else pixels)")
-    add("--weights", help="file of the FID Inception weights (downloaded)")
-    add("--sscd", help="file of an SSCD model, as --features takes: adds the study's own score")
-    add("--num", type=int, help="samples per snapshot (all); another number measures anew")
-    add("--planted", action="store_true", help="also measure planted copies of the training "
-        "images, into planted.csv: what each measure of copying catches")
-    add("--denoisers", action="store_true", help="only ask which known denoiser the network "
-        "follows, into denoisers.csv, from the snapshots alone")
-    add("--patch", type=int, default=3, help="width of the local denoiser's patches, odd")
-    add("--twin", type=Path, help="run trained on other images (--offset): only compare the two "
-        "models' samples from the same noise, into twin_NAME.csv")
-    add("--data", help="where the training images are, if not where train.py found them")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    args = p.parse_args(argv)
-    if args.num is not None and args.num < 1:
-        raise InputError(f"--num {args.num}: must be at least 1")
-    if args.patch < 1 or args.patch % 2 == 0:
-        raise InputError(f"--patch {args.patch}: must be odd, so that a pixel is in the middle")
-    return args
-
-
-@train.command_line
-def main(argv=None):
-    """Measure whatever is not done. Raises SystemExit(2) on bad input."""
-    args = parse(argv)
-    record, device = train.read_run(args.run), train.pick_device(args.device)
-    size, _, channels = record["image_shape"]
-    small = record["options"]["data"] == "toy" or size < 32 or channels < 3
-    args.features = args.features or ("pixels" if small else "inception")
-    torch.set_float32_matmul_precision("highest")               # no TF32: distances are small
-    torch.backends.cudnn.allow_tf32 = False
-    with train.locked(args.run, "measure", *WRITTEN):
-        stage = measure_twin if args.twin else measure_denoisers if args.denoisers else measure
-        stage(args, record, device)
 
 
 # --- Beyond the study: planted copies, twins ------------------------------------------------------
 
 
-def plant(images):
-    """What a copy may look like: {name: uint8 images}, made of the training images (n, S, S, C)."""
-    g, x = torch.Generator().manual_seed(0), to_float(images)
-
-    def back(y):
-        return ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+def planted_rows(subset):
+    """What each measure of copying catches: a row per kind of planted copy, all made of the first
+    1,024 training images, and one for held-out images."""
+    images = subset.train[:1024]                                # uint8 (n, S, S, C)
+    g, x = torch.Generator().manual_seed(0), to_float(images)   # (n, C, S, S)
     noise = torch.randn(x.shape, generator=g).to(x.device)
     gain, shift = (torch.rand(2, len(x), x.shape[1], 1, 1, generator=g) - 0.5).to(x.device)
+
+    def back(y):                                                # to uint8 (n, S, S, C)
+        return ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     planted = {"exact": images}
     planted |= {f"noise rms {rms:.2f}": back(x + rms * noise) for rms in (0.05, 0.1, 0.15, 0.2)}
-    return planted | {"mirrored": images.flip(2), "shifted by 1 pixel": images.roll(1, 2),
-                      "recoloured": back(x * (1 + 0.4 * gain) + 0.4 * shift)}
-
-
-def planted_rows(subset):
-    """What each measure of copying catches: a row per kind of planted copy, and held-out images."""
+    planted |= {"mirrored": images.flip(2), "shifted by 1 pixel": images.roll(1, 2),
+                "recoloured": back(x * (1 + 0.4 * gain) + 0.4 * shift),
+                "held-out images": subset.heldout[:1024]}
     rows = []
-    for name, images in (plant(subset.train[:1024])
-                         | {"held-out images": subset.heldout[:1024]}).items():
-        c = Context(images, subset)
-        found = {k: v for k, v in (copying(c) | similarity(c)).items() if "_ratio" in k}
-        rows.append({"planted": name, **found, "not_authentic": 1 - authenticity(c)["auth_share"]})
+    for name, pictures in planted.items():
+        c = Context(pictures, subset)
+        shares = {k: v for k, v in (copying(c) | similarity(c)).items() if "_ratio" in k}
+        rows.append({"planted": name, **shares, "not_authentic": 1 - authenticity(c)["auth_share"]})
     return rows
 
 
-def twin_row(c, d, shift=1):
+def twin_row(c, twin, shift=1):
     """How the samples of two models trained on disjoint images agree, as columns.
 
-    c, d: Contexts of as many samples, sample i of each from the same noise. Two samples agree if
+    c, twin: Contexts of as many samples, sample i of each from the same noise. Two samples agree if
     they are nearer to each other than either is to its nearest training image, which copying alone
     cannot bring about (Kadkhodaie, figure 2). null_agreement: of sample i and i + shift, from
     different noise; shift: the number of classes. Distances are rms over numbers in [-1, 1].
     """
-    x, y, n = c.pixels.double(), d.pixels.double(), len(c.images)
+    x, y, n = c.pixels.double(), twin.pixels.double(), len(c.images)
 
-    def agree(k):
+    def agree(k):                               # sample i + k and the twin's sample i
         between = (x[k:] - y[:n - k]).norm(dim=1)
-        return between < torch.minimum(c.distances[k:], d.distances[:n - k])
-    row, twin_rms = share("agreement", agree(0)), (x - y).norm(dim=1).median() / x.shape[1] ** 0.5
+        return between < torch.minimum(c.distances[k:], twin.distances[:n - k])
+    row = share_columns("agreement", agree(0))
     return {"samples": n, "agreement": row.pop("agreement_ratio"), **row,
             "null_agreement": float(agree(shift).double().mean()) if shift < n else math.nan,
-            "twin_rms": float(twin_rms),
+            "twin_rms": float((x - y).norm(dim=1).median() / x.shape[1] ** 0.5),
             "nearest_train_rms": nearest_rms(c)["nearest_rms"],
-            "twin_nearest_train_rms": nearest_rms(d)["nearest_rms"],
+            "twin_nearest_train_rms": nearest_rms(twin)["nearest_rms"],
             "copy_ratio": copying(c)["copy_ratio"]}
 
 
 @torch.inference_mode()
 def measure_twin(args, record, device):
     """twin_NAME.csv: twin_row at each step that both runs have samples of, in one set of samples.
-
-    Raises InputError where the runs share images, or have no samples with the same settings.
-    """
-    runs = [(args, record), (argparse.Namespace(**vars(args) | {"run": args.twin}),
-                             train.read_run(args.twin))]
-    sets = [sample.sample_sets(a.run) for a, _ in runs]
-    name = min(set.intersection(*map(set, sets)), default="")
-    steps = sorted(set.intersection(*(set(s.get(name, ())) for s in sets)))
+    Raises InputError where the runs share images, or have no samples with the same settings."""
+    runs = [(args.run, record), (args.twin, train.read_run(args.twin))]
+    sets, twin_sets = (sample.sample_sets(run) for run, _ in runs)
+    name = min(sets.keys() & twin_sets.keys(), default="")
+    steps = sorted({*sets.get(name, ())} & {*twin_sets.get(name, ())})
     if not steps:
         raise InputError(f"--twin {args.twin}: no step has samples in both runs")
-    data = [train.load_subset(a.run, r, args.data) for a, r in runs]
-    shared = set.intersection(*({x.tobytes() for x in d.train_images} for d in data))
-    if shared:
-        raise InputError(f"--twin {args.twin}: the two training sets share {len(shared)} images; "
+    data = [train.load_subset(run, r, args.data) for run, r in runs]
+    images, twin_images = ({image.tobytes() for image in d.train_images} for d in data)
+    if shared := len(images & twin_images):
+        raise InputError(f"--twin {args.twin}: the two training sets share {shared} images; "
                          f"train one with --offset {record['options']['n']}")
-    subsets = [Subset(d, r["options"]["flip"], device)
-               for d, (_, r) in zip(data, runs, strict=True)]
+    subset, twin_subset = (Subset(d, r["options"]["flip"], device)
+                           for d, (_, r) in zip(data, runs, strict=True))
     shift, rows = len(record["labels"]) if record["classes"] else 1, []
     for step in steps:
-        both = [open_samples(a, r, device, name, step) for a, r in runs]
-        n = min(len(images) for images, _, _ in both)
-        one, other = (found for _, found, _ in both)
-        if one.settings != other.settings or (one.labels[:n] != other.labels[:n]).any():
+        samples, twins = (open_samples(run, r, name, step, args.num) for run, r in runs)
+        n = min(len(samples.images), len(twins.images))
+        if (samples.settings != twins.settings
+                or (samples.labels[:n] != twins.labels[:n]).any()):
             raise InputError(f"--twin {args.twin}: its samples of step {step} have other settings "
                              "or classes")
-        rows.append({"step": step, **twin_row(*(Context(images[:n], s) for (images, _, _), s in zip(
-            both, subsets, strict=True)), shift)})
+        rows.append({"step": step, **twin_row(Context(samples.images[:n], subset),
+                                              Context(twins.images[:n], twin_subset), shift)})
     path = args.run / f"twin_{args.twin.name}.csv"
     write_csv(path, rows)
     print(f"{path}: {len(rows)} steps; at the last, agreement {rows[-1]['agreement']:.3f}, of "
           f"pairs from different noise {rows[-1]['null_agreement']:.3f}", flush=True)
 
 
+# ==================================================================================================
+# Machinery. A reader who came for the metrics can stop here.
+# ==================================================================================================
+
+# --- Caches: kept in data/cache under what they are made of ---------------------------------------
+
+FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
+say_once = functools.cache(functools.partial(print, flush=True))
+
+
+def digest_of(*things):
+    """64 hex digits of tensors by their bytes, processes by what they compute, functions by their
+    source, and all else by its `key`, if it has one, or what it prints as."""
+    digest = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, torch.Tensor):
+            digest.update(thing.contiguous().cpu().numpy())
+            thing = thing.shape, thing.dtype
+        elif isinstance(thing, train.Process):
+            thing = train.fingerprint(thing)
+        elif inspect.isroutine(thing):
+            thing = inspect.getsource(thing)
+        digest.update(f"{getattr(thing, 'key', thing)!r}\n".encode())
+    return digest.hexdigest()
+
+
+def cached(function, *things, made_by=FILES):
+    """function(*things), kept in data/cache: tensors, which may come back on the CPU, or numbers.
+
+    The key is a digest of the things and of the code: all of it, unless `made_by` names less. The
+    file holds its key, too; one that holds another, or is damaged, is made anew.
+    """
+    key = digest_of(made_by, getattr(function, "__name__", ""), *things)
+    path = Path(f"data/cache/{key[:32]}.pt")
+    try:
+        return train.load_checkpoint(path, key, 0)["value"]
+    except InputError:
+        value = function(*things)
+    try:
+        train.save(path, {"run": key, "step": 0, "value": value})
+    except OSError:
+        say_once("data/cache: cannot be written, so nothing is kept there")
+    return value
+
+
+# --- Files of a run -------------------------------------------------------------------------------
+
+
+def open_samples(run, record, name, step, num=None):
+    """The Samples of a set at a step, the first num (all), checked. Raises InputError."""
+    path, shape = sample.samples_path(run, name, step), tuple(record["image_shape"])
+    samples = sample.read_samples(path, train.identity(record))
+    count = len(samples.images)
+    if not count or samples.images.shape[1:] != shape:
+        raise InputError(f"{path}: {samples.images.dtype} {samples.images.shape}, "
+                         f"must be uint8 (num, {', '.join(map(str, shape))})")
+    if num and num > count:
+        raise InputError(f"--num {num}: {path} holds only {count}; run sample.py --num {num}")
+    return samples._replace(images=samples.images[:num], labels=samples.labels[:num])
+
+
+def rows_by_snapshot(path):
+    """The rows of a table by (set, step): {key: [row]}. Raises InputError: damaged, another's."""
+    rows = {}
+    for row in train.read_csv(path):
+        with reading(path, "delete it to measure anew"):
+            rows.setdefault((row.get("set", ""), int(row["step"])), []).append(row)
+    return rows
+
+
+def write_neighbours(path, c, digest="", step=-1, labels=()):
+    """neighbours/[SET/]STEP.npz: the two nearest training images of each; 64 pairs to look at."""
+    arrays = {"distances": c.neighbours[0], "indices": c.neighbours[1], "ratios": c.ratios,
+              "samples": c.images[:64], "nearest": c.subset.train[c.nearest[:64]]}
+    arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
+    write_atomic(path, lambda file: np.savez(file, labels=labels, samples_digest=digest, step=step,
+                                             **arrays))
+
+
+def has_neighbours(path, digest, step):
+    """Whether the file is whole, and made of these samples."""
+    with contextlib.suppress(InputError), reading(path):
+        arrays = train.read_npz(path)
+        return (str(arrays["samples_digest"]), int(arrays["step"])) == (digest, step)
+    return False
+
+
+# --- Networks' files ------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def network_features(net, images, flag="", size=None, mean=0.0, std=1.0, batch=128):
+    """uint8 images (n, H, W, C) -> net(images (B, 3, H, W) in [0, 1]), float32 (n, D).
+
+    size: resize to size x size first; mean, std: numbers, or three. Raises InputError, naming the
+    flag, where the network fails or returns anything but finite (B, D).
+    """
+    features = []
+    mean, std = (torch.tensor(v, device=images.device).reshape(-1, 1, 1) for v in (mean, std))
+    for part in tqdm(images.split(batch), desc="features", unit="batch", leave=False, disable=None):
+        x = part.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1).contiguous() / 255
+        if size:
+            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+        with reading(f"{flag}, given {tuple(x.shape)}"):
+            y = net((x - mean) / std)
+            if not isinstance(y, torch.Tensor) or y.dim() != 2 or len(y) != len(x):
+                raise TypeError(f"returns {getattr(y, 'shape', type(y).__name__)}, "
+                                f"must be a tensor ({len(x)}, D)")
+            if not y.isfinite().all():
+                raise ValueError("returns numbers that are not finite")
+        features.append(y.float())
+    return torch.cat(features)
+
+
+def inception_net(state):
+    """The Inception v3 of FID, (B, 3, 299, 299) in [-1, 1] -> (B, 2048), from a state dict.
+
+    As pytorch-fid 0.3.0 computes it: torchvision's network, but average pools do not count the
+    padding, the last block has a max pool, and there are 1,008 classes. Raises InputError.
+    """
+    with train.needs_torchvision("--features inception"):
+        from torchvision.models import inception as tv
+
+    def patched(block):
+        class FIDBlock(block):
+            def pool(self, x):
+                return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+            def _forward(self, x):                      # the pool's branch is the last one
+                return super()._forward(x)[:-1] + [self.branch_pool(self.pool(x))]
+        return FIDBlock
+    blocks = [tv.BasicConv2d, patched(tv.InceptionA), tv.InceptionB, patched(tv.InceptionC),
+              tv.InceptionD, patched(tv.InceptionE), tv.InceptionAux]
+    net = tv.Inception3(num_classes=1008, aux_logits=False, transform_input=False,
+                        inception_blocks=blocks, init_weights=False, dropout=0.0)
+    net.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, stride=1, padding=1)
+    with reading("--weights: not the state dict of the FID Inception graph"):
+        net.load_state_dict({k: v for k, v in state.items() if not k.startswith("AuxLogits.")})
+    net.fc = torch.nn.Identity()
+    return net.eval().requires_grad_(False)
+
+
+def load_inception(weights, device):
+    """The space of FID: weights from a file, or (None) pytorch-fid's GitHub release, kept by torch.
+    Raises InputError where they cannot be had or are damaged, saying what to fetch and where to."""
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.split("/")[-1])
+    if weights is None:
+        with reading("--features inception: the weights cannot be had",
+                     f"fetch {WEIGHTS_URL} to {path}, or name the file with --weights"):
+            torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, progress=False,
+                                               map_location="cpu")
+    with reading(f"--weights {path}"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        net = inception_net(torch.load(path, map_location="cpu", weights_only=True)).to(device)
+    if digest not in WEIGHTS_URL:
+        print(f"--weights {path}: SHA-256 {digest}..., not the official FID weights; FID is not "
+              "comparable", flush=True)
+    return network_space("inception", net, digest, "--features inception", 299, 0.5, 0.5)
+
+
+def load_network(flag, path, device, *prepare):
+    """The Space of a saved network, images (B, 3, H, W) in [0, 1] -> (B, D).
+
+    A file of torch.export (.pt2) or TorchScript; both run whatever their maker put in. Named by the
+    file's stem and digest. prepare: as in network_space. Raises InputError.
+    """
+    with reading(f"{flag} {path}"):
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+        if Path(path).suffix == ".pt2":
+            logging.getLogger("torch.export").disabled = True   # it prints tracebacks, beside ours
+            net = torch.export.load(path).module().to(device)
+        else:
+            say_once(f"{flag} {path}: read as TorchScript, which PyTorch is giving up; save it by "
+                     "torch.export as a .pt2 file")
+            net = torch.jit.load(path, map_location=device).eval()
+    return network_space(f"{space_name(path)}-{digest}", net, digest, f"{flag} {path}", *prepare)
+
+
+def network_space(name, net, digest, flag, *prepare):
+    """The Space of a network, whose features stay when other code changes, since they are slow.
+    flag: how errors call it; prepare: size, mean and std, as network_features takes them."""
+    key = digest_of(name, digest, prepare, network_features, inception_net)
+    return Space(name, lambda images: network_features(net, images, flag, *prepare), digest, key)
+
+
+def space_name(path):
+    """The word for a network's file in names of columns."""
+    return re.sub(r"[^\w.-]", "-", Path(path).stem)
+
+
+def load_spaces(args, device):
+    """The Space of --features (inception, pixels or a file), and that of --sscd, else None."""
+    if args.features == "inception":
+        space = load_inception(args.weights, device)
+    elif args.features == "pixels":
+        space = PIXELS
+    else:
+        space = load_network("--features", args.features, device)
+    if not args.sscd:
+        return space, None
+    return space, load_network("--sscd", args.sscd, device, *SSCD_PREPARE)._replace(name="sscd")
+
+
 # --- The state of a sweep's runs ------------------------------------------------------------------
 
 
 def sweep_words(flag, values):
-    """For each value of an option of train.py, its words on the command line.
-
-    An option without a value takes on and off; commas separate the values of one with several.
-    """
-    defaults, key = vars(train.make_parser().parse_args([])), flag[2:].replace("-", "_")
-    if key not in defaults or not values:
-        raise InputError(f"{flag}: " + ("has no values" if key in defaults else "unknown option"))
-    is_switch = isinstance(defaults[key], bool)
+    """For each value of an option of train.py, its words on the command line: a switch takes on and
+    off; commas separate the values of an option with several."""
+    options, key = vars(train.make_parser().parse_args([])), flag[2:].replace("-", "_")
+    if key not in options or not values:
+        raise InputError(f"{flag}: " + ("has no values" if key in options else "unknown option"))
+    is_switch = isinstance(options[key], bool)
     for value in values:
         if values.count(value) > 1 or re.match(r"0\d", value):
             raise InputError(f"{flag} {value}: is listed twice, or starts with a 0")
@@ -1146,6 +1103,7 @@ def sweep_rows(lists):
     axes = {flag: sweep_words(flag, v) for flag, v in lists.items() if flag.startswith("--")}
     repeats = sweep_words("--seed", lists["REPEATS"]) if lists["REPEATS"] else []
     axes["--seed"] = [*axes["--seed"], *repeats]        # those of the default run alone come last
+    # A switch that varies has no place among the options that all runs have.
     common = [word for word in lists["TRAIN"] if [] not in axes.get(word, ())]
     images, rows, seed = lists["IMAGES"][0], {}, list(axes).index("--seed")
     for choice in itertools.product(*axes.values()):
@@ -1153,23 +1111,18 @@ def sweep_rows(lists):
                       for flag, words in zip(axes, choice, strict=True))
         if lists["DESIGN"] == ["one"] and changed > 1 or changed and choice[seed] in repeats:
             continue
-        named = train.make_parser().parse_args(words := list(itertools.chain(*choice)))
-        count = int(images.rstrip("N")) * (named.n if images.endswith("N") else 1)
-        if (name := train.run_name(named)) in rows:
+        words = [word for words in choice for word in words]
+        named = train.make_parser().parse_args(words)
+        name, epochs_of = train.run_name(named), named.n if images.endswith("N") else 1
+        if name in rows:
             raise InputError(f"{name}: two values of a list are the same")
-        words = [*common, *words, "--images", str(count)]
+        words = [*common, *words, "--images", str(int(images.rstrip("N")) * epochs_of)]
         rows[name] = words, train.parse(words)
-    # A step costs about as much as its images' FLOPs plus what launching it takes.
-    return dict(sorted(rows.items(), key=lambda row: -row[1][1].steps * (
-        25600 + row[1][1].batch * row[1][1].width ** 2)))
 
-
-def is_measured(row, settings, drawing, args):
-    """Whether a row of metrics.csv is of enough samples with these settings, in the space asked."""
-    spaces = [space_name(args.features or "")] + ["sscd"] * bool(args.sscd)
-    return (all(row.get(f"setting_{k}") == str(v) for k, v in settings.items())
-            and int(row["samples"]) >= (args.num or drawing.num)
-            and all(any(k.startswith(f"weights_{s}") and row[k] for k in row) for s in spaces))
+    def cost(row):          # a step's is about its images' FLOPs, plus what launching it takes
+        options = row[1][1]
+        return options.steps * (25600 + options.batch * options.width ** 2)
+    return dict(sorted(rows.items(), key=cost, reverse=True))
 
 
 def sweep_state(run, options, drawing, args):
@@ -1178,28 +1131,34 @@ def sweep_state(run, options, drawing, args):
     options, drawing, args: of train, sample and measure.py. "done" is only this very run, trained
     to its last step, with samples of these settings of every snapshot and the rows of metrics.csv.
     """
-    shots = set(train.evaluation_steps(options.steps, options.evals_per_doubling,
-                                       options.first_eval))
+    planned = train.evaluation_steps(options.steps, options.evals_per_doubling, options.first_eval)
     if not (run / "args.json").exists():
-        return "not started", options.steps, len(shots), "-", "-"
+        return "not started", options.steps, len(planned), "-", "-"
     record, log = train.read_run(run), train.read_csv(run / "log.csv")
     step, process = int(log[-1]["step"]) if log else 0, train.PROCESSES[options.process]
     other = train.differences(record, record | {"options": vars(options)})
-    other += ["data"] * (Path(record["options"]["data"]).stem != Path(options.data).stem)
-    other += [f"last step, {step}"] * (step > options.steps)
+    if Path(record["options"]["data"]).stem != Path(options.data).stem:
+        other.append("data")
+    if step > options.steps:
+        other.append(f"last step, {step}")
     settings = sample.settings_of(drawing, process)
-    name, shots = sample.set_name(settings, process), shots | set(sample.snapshots(run))
-    drawn = {s for s in shots if sample.samples_path(run, name, s).exists()}
-    rows = {key[1]: row for key, (row, *_) in read_table(run / "metrics.csv").items()
-            if key[0] == name and is_measured(row, settings, drawing, args)}
-    left = len(shots - (drawn & rows.keys()))
+    name, shots = sample.set_name(settings, process), {*planned, *sample.snapshots(run)}
+    drawn = {shot for shot in shots if sample.samples_path(run, name, shot).exists()}
+    measured = {}               # rows of enough samples with these settings, in the space asked for
+    for key, (row, *_) in rows_by_snapshot(run / "metrics.csv").items():
+        spaces = [space_name(args.features or "")] + ["sscd"] * bool(args.sscd)
+        if (key[0] == name and int(row["samples"]) >= (args.num or drawing.num)
+                and all(row.get(f"setting_{k}") == str(v) for k, v in settings.items())
+                and all(any(k.startswith(f"weights_{s}") and row[k] for k in row) for s in spaces)):
+            measured[key[1]] = row
+    left = len(shots - (drawn & measured.keys()))
     state = (f"another run: {', '.join(other)}" if other else
              f"training, step {step} of {options.steps}" if step < options.steps else
              f"sampling, {len(drawn)} of {len(shots)}" if drawn < shots else
-             f"measuring, {len(rows)} of {len(shots)}" if left else "done")
+             f"measuring, {len(measured)} of {len(shots)}" if left else "done")
     return (state, max(0, options.steps - step), left,
             f"{float(log[-1]['heldout_loss']):.4g}" if log else "-",
-            f"{float(rows[max(rows)]['copy_ratio']):.4g}" if rows else "-")
+            f"{float(measured[max(measured)]['copy_ratio']):.4g}" if measured else "-")
 
 
 def sweep_speed(run):
@@ -1251,6 +1210,52 @@ def sweep(argv):
         kept = {"all": 4 + left, "last": 5, "none": 0}[lists["KEEP"][0]]
         numbers = f"{rate:.0f}\t{images / rate / 3600:.2f}\t{kept * 4 * parameters / 1e9:.2f}"
         print(name, state, *values, numbers.replace("nan", "?"), " ".join(words), sep="\t")
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def parse(argv):
+    """The options. Raises InputError on values that make no sense."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("run", type=Path, help="run folder, trained and sampled")
+    add("--features", help="space of FID, KID, SW, precision and recall: inception, pixels, or a "
+        "network (B, 3, H, W) in [0, 1] -> (B, D) saved by torch.export (.pt2) or as TorchScript; "
+        "it runs what its maker put in, so only a trusted one (inception for colour pictures of 32 "
+        "pixels or more that are no toys, else pixels)")
+    add("--weights", help="file of the FID Inception weights (downloaded)")
+    add("--sscd", help="file of an SSCD model, as --features takes: adds the study's own score")
+    add("--num", type=int, help="samples per snapshot (all); another number measures anew")
+    add("--planted", action="store_true", help="also measure planted copies of the training "
+        "images, into planted.csv: what each measure of copying catches")
+    add("--denoisers", action="store_true", help="only ask which known denoiser the network "
+        "follows, into denoisers.csv, from the snapshots alone")
+    add("--patch", type=int, default=3, help="width of the local denoiser's patches, odd")
+    add("--twin", type=Path, help="run trained on other images (--offset): only compare the two "
+        "models' samples from the same noise, into twin_NAME.csv")
+    add("--data", help="where the training images are, if not where train.py found them")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    args = p.parse_args(argv)
+    if args.num is not None and args.num < 1:
+        raise InputError(f"--num {args.num}: must be at least 1")
+    if args.patch < 1 or args.patch % 2 == 0:
+        raise InputError(f"--patch {args.patch}: must be odd, so that a pixel is in the middle")
+    return args
+
+
+@train.command_line
+def main(argv=None):
+    """Measure whatever is not done. Raises SystemExit(2) on bad input."""
+    args = parse(argv)
+    record, device = train.read_run(args.run), train.pick_device(args.device)
+    size, _, channels = record["image_shape"]
+    small = record["options"]["data"] == "toy" or size < 32 or channels < 3
+    args.features = args.features or ("pixels" if small else "inception")
+    with train.locked(args.run, "measure", *WRITTEN), exact_float32():  # some distances are small
+        stage = measure_twin if args.twin else measure_denoisers if args.denoisers else measure
+        stage(args, record, device)
 
 
 if __name__ == "__main__":

@@ -221,19 +221,28 @@ tidy() {                # remove the weights that KEEP does not keep; only if th
   esac
 }
 
-teach() {               # what experiment $lesson does with its runs, and what they show
-  local row device run=$OUT/${rows[0]%%$'\t'*}
+teach() {               # what experiment $lesson does with each of its runs, and what they show
+  local row name run device twin more
   on_device "${slots[0]}"
-  case $lesson in
-  3)
-    read -r -d '' -a row <<<"$SAMPLE" || true
-    "$PYTHON" "$home/sample.py" "$run" --exact --device "$device" "${row[@]}"
-    "$PYTHON" "$home/measure.py" "$run" --device "$device"
-    ;;
-  5) "$PYTHON" "$home/measure.py" "$run" --twin "$OUT/${rows[1]%%$'\t'*}" --device "$device" ;;
-  6) "$PYTHON" "$home/measure.py" "$run" --planted --device "$device" ;;
-  7) "$PYTHON" "$home/measure.py" "$run" --denoisers --device "$device" ;;
-  esac
+  read -r -d '' -a more <<<"$SAMPLE" || true
+  for row in "${rows[@]}"; do
+    name=${row%%$'\t'*}
+    run=$OUT/$name
+    case $lesson in
+    3)
+      "$PYTHON" "$home/sample.py" "$run" --exact --device "$device" ${more[@]+"${more[@]}"}
+      "$PYTHON" "$home/measure.py" "$run" --device "$device"
+      ;;
+    5)                  # with the run of the same seed that has other images
+      for twin in "${rows[@]%%$'\t'*}"; do
+        [[ $twin == "${name}_offset"* ]] || continue
+        "$PYTHON" "$home/measure.py" "$run" --twin "$OUT/$twin" --device "$device"
+      done
+      ;;
+    6) "$PYTHON" "$home/measure.py" "$run" --planted --device "$device" ;;
+    7) "$PYTHON" "$home/measure.py" "$run" --denoisers --device "$device" ;;
+    esac
+  done
   for row in "${rows[@]}"; do "$PYTHON" "$home/plot.py" "$OUT/${row%%$'\t'*}"; done
 }
 

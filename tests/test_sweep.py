@@ -59,7 +59,7 @@ FAKE = {"train.py": """
     if sys.argv[1].endswith(os.environ.get("FAILS", "none")):
         sys.exit("error: a reason")
     """, "measure.py": """
-    import os, sys
+    import itertools, os, sys
     from pathlib import Path
     if sys.argv[1] != "--sweep":
         print(*sys.argv)
@@ -68,8 +68,10 @@ FAKE = {"train.py": """
     text = sys.stdin.read()
     Path(sys.argv[0]).with_name("asked").write_text(text)
     lists = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
-    for n in lists["--n"]:
-        run = Path(sys.argv[2], f"N{n}")
+    offsets = lists.get("--offset", ["0"])
+    for n, seed, offset in itertools.product(lists["--n"], lists["--seed"], offsets):
+        name = f"N{n}" + f"_s{seed}" * (seed != "0") + f"_offset{offset}" * (offset != "0")
+        run = Path(sys.argv[2], name)
         state = os.environ.get("STATE") if run.name == "N4" else None
         state = state or ("done" if (run / "done").exists() else "not started")
         if lists["ONLY"] in ([], [run.name]):
@@ -141,6 +143,23 @@ def test_experiments_of_the_class(fake, tmp_path, lesson, lists, then):
     assert {*lists, "--width 32", "--batch 32", "IMAGES 500N"} <= {*asked}
     assert "done   N" in text and then in text
     assert "1 to 7" in sweep(tmp_path, "class", "8", script=fake, code=2)
+
+
+@pytest.mark.parametrize(("lesson", "then"), [(3, "--exact"), (6, "--planted"), (7, "--denoisers")])
+def test_experiments_of_the_class_do_so_with_every_run(fake, tmp_path, lesson, then):
+    text = sweep(tmp_path, "class", str(lesson), script=fake, SEEDS="0 1 2", **OWN)
+    for name in ("N64", "N64_s1", "N64_s2"):
+        assert len(re.findall(rf"(?m)/{name} .*{then}", text)) == 1
+
+
+def test_twins_of_the_class_are_pairs_of_one_seed(fake, tmp_path):
+    def pairs(text):
+        return re.findall(r"/(N\S+) --twin \S+/(N\S+)", text)
+    text = sweep(tmp_path, "class", "5", script=fake, SEEDS="0 1 12", **OWN)
+    assert "6 runs in" in text
+    assert pairs(text) == [(f"N512{s}", f"N512{s}_offset512") for s in ("", "_s1", "_s12")]
+    text = sweep(tmp_path, "class", "5", "--only", "N512_s1", script=fake, SEEDS="0 1", **OWN)
+    assert "--twin" not in text                         # its twin is no row of this one
 
 
 def test_devices(fake, tmp_path, monkeypatch):
