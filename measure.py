@@ -601,7 +601,8 @@ def measure_samples(args, batch, drawn, subset, table, columns, common):
             row = {}
         for space in spaces:                    # features of other weights are other columns
             if row.get(f"weights_{space.name}") != space.digest:
-                row = {k: value for k, value in row.items() if space.name not in k}
+                own = re.compile(rf"(.*_)?{re.escape(space.name)}(_.*)?")
+                row = {k: value for k, value in row.items() if not own.fullmatch(k)}
         if row:
             table[name, step] = row | common
         lacking = [m for m, names in columns.items() if not all(row.get(k) for k in names)]
@@ -1059,8 +1060,8 @@ def network_space(name, net, digest, flag, *prepare):
 
 
 def space_name(path):
-    """The word for a network's file in names of columns."""
-    return re.sub(r"[^\w.-]", "-", Path(path).stem)
+    """The word for a network's file in names of columns, whose other words "_" separates."""
+    return re.sub(r"[^A-Za-z0-9.-]", "-", Path(path).stem)
 
 
 def load_spaces(args, device):
@@ -1144,12 +1145,21 @@ def sweep_state(run, options, drawing, args):
     settings = sample.settings_of(drawing, process)
     name, shots = sample.set_name(settings, process), {*planned, *sample.snapshots(run)}
     drawn = {shot for shot in shots if sample.samples_path(run, name, shot).exists()}
-    measured = {}               # rows of enough samples with these settings, in the space asked for
+    spaces = {"sscd"} if args.sscd else set()
+    if args.features in ("pixels", "inception"):
+        spaces.add(args.features)
+    elif args.features:
+        spaces.add(re.escape(space_name(args.features)) + "-[0-9a-f]{8}")
+    measured = {}           # rows of enough samples with these settings, in the spaces asked for
     for key, (row, *_) in rows_by_snapshot(run / "metrics.csv").items():
-        spaces = [space_name(args.features or "")] + ["sscd"] * bool(args.sscd)
+        # A setting that is younger than the row had its default.
+        made = {k: row.get(f"setting_{k}") or str(v)
+                for k, v in sample.default_settings(process).items()}
+        columns = [column for column, cell in row.items() if cell]
         if (key[0] == name and int(row["samples"]) >= (args.num or drawing.num)
-                and all(row.get(f"setting_{k}") == str(v) for k, v in settings.items())
-                and all(any(k.startswith(f"weights_{s}") and row[k] for k in row) for s in spaces)):
+                and made == {k: str(v) for k, v in settings.items()}
+                and all(any(re.fullmatch(f"weights_{space}", column) for column in columns)
+                        for space in spaces)):
             measured[key[1]] = row
     left = len(shots - (drawn & measured.keys()))
     state = (f"another run: {', '.join(other)}" if other else
@@ -1164,7 +1174,7 @@ def sweep_state(run, options, drawing, args):
 def sweep_speed(run):
     """(images per second, parameters) of a run that has got somewhere, else None."""
     with contextlib.suppress(InputError, LookupError, TypeError, ValueError):
-        return (float(train.read_csv(run / "log.csv")[-1]["images_per_second"]),
+        return (max(0.05, float(train.read_csv(run / "log.csv")[-1]["images_per_second"])),
                 int(train.read_run(run)["parameters"]))
 
 

@@ -64,7 +64,12 @@ class)
   1 | 3 | 6 | 7) : "${N:=64}" ;;
   2) : "${N:=64 16}" ;;
   4) : "${N:=16}" "${LR:=1e-3 3e-4 3e-3}" ;;
-  5) : "${N:=512}" "${IMAGES:=44N}" && VARY="offset 0 ${N%% *}" ;;
+  5)
+    : "${N:=512}" "${IMAGES:=44N}"
+    [[ $N =~ ^[0-9]+$ ]] || die "N=$N: class 5 takes one number of images"
+    [[ -z ${VARY:-} ]] || die "VARY=$VARY: class 5 varies the images itself"
+    VARY="offset 0 $N"
+    ;;
   *) die "class takes the number of an experiment, 1 to 7; the README says what they are" ;;
   esac
   : "${WIDTH:=32}" "${BATCH:=32}" "${LR:=1e-3}" "${IMAGES:=500N}" "${GPUS:=$cpus}"

@@ -525,6 +525,15 @@ def test_controls_of_another_feature_space_stay(run):
                if "_net-" in name)                          # of another count
 
 
+def test_a_network_named_like_a_space_keeps_its_columns(run):
+    (run / "metrics.csv").unlink()
+    path = export(Small(), run / "pixels_x.pt2")
+    for more in (["--features", str(path)], []):
+        measure.main([str(run), *more, "--device", "cpu"])
+    columns = [name for name, value in metrics(run)[0].items() if value]
+    assert sum("_pixels-x-" in name for name in columns) > 10 and "fid_pixels_train" in columns
+
+
 def test_spectrum_of_a_run(tiny_run):
     rows = metrics(tiny_run, "spectrum.csv")
     assert [r["name"] or int(r["step"]) for r in rows] == [4, 6, 8, 11, 16, "heldout", "training"]
