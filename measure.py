@@ -718,7 +718,7 @@ def on_path(net, process, shape, labels):
     seen = []
 
     def watched(xt, t, labels):
-        seen.append((xt, t))
+        seen.append((xt.clone(), t))            # the sampler writes into xt
         return net(xt, t, labels)
     sample.sample(watched, process, shape, [(0, i) for i in range(len(labels))], 2 * LEVELS,
                   clip=process.clip, labels=labels, device=labels.device)
@@ -775,9 +775,9 @@ def measure_denoisers(args, record, device):
     if not steps:
         raise InputError(f"{run}: has no snapshots; train it first")
     for step in steps:
-        made_of = digest_of((run / f"snapshots/{step:07d}.pt").read_bytes(), train.identity(record),
-                            args.patch, gaussian, local, per_class, denoiser_study)[:8]
-        if [row.get("made_of") for row in table.get(("", step), [])] != [made_of] * 12 * LEVELS:
+        weights = hashlib.sha256((run / f"snapshots/{step:07d}.pt").read_bytes()).hexdigest()
+        made_of = digest_of(weights, train.identity(record), args.patch, FILES)[:8]
+        if [row.get("made_of") for row in table.get(("", step), [])] != [made_of] * (3 * 4 * LEVELS):
             todo[step] = made_of
     if not todo:
         return

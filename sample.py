@@ -94,7 +94,7 @@ def sample(net, process, shape, seeds, steps, eta=0.0, clip=False, labels=None, 
 
     net(xt, t, labels) -> prediction; shape (C, H, W); labels int64 (B,) on the device, or None;
     seeds: a (seed, image index) pair per image, of which all its noise is a function (drawn on the
-    CPU, so that it is the same on every device).
+    CPU, so that it is the same on every device). The net gets one xt, which each step overwrites.
     Raises InputError where the process has fewer than `steps` times.
     """
     generators = [generator("cpu", "sample", *pair) for pair in seeds]

@@ -176,6 +176,14 @@ def test_path_is_what_the_sampler_visits():
     start, _ = sample.sample(exact, process, (3, 4, 4), [(0, i) for i in range(4)], 20, clip=True)
     last = process.x0_eps(xt[-4:], exact(xt[-4:], t[-4:]), t[-4:])[0]
     torch.testing.assert_close(start, last.clamp(-1, 1), rtol=0, atol=0.05)
+    # The same points by the update rule alone, one time after the other.
+    times, x = sample.sampling_times(process, 20), torch.stack([torch.randn(
+        3, 4, 4, generator=train.generator("cpu", "sample", 0, i)) for i in range(4)])
+    for k in range(20):
+        if k % 2:
+            torch.testing.assert_close(xt[k // 2 * 4:][:4], x, rtol=0, atol=1e-4)
+        prediction = exact(x, times[k].expand(4), labels)
+        x, _ = sample.ddim_step(process, x, prediction, times[k], times[k + 1], clip=True)
 
 
 # --- The command ----------------------------------------------------------------------------------
