@@ -594,11 +594,15 @@ def measure_samples(args, batch, drawn, subset, table, columns, common):
     columns}; common: columns that are the same in all rows.
     """
     run, spaces, todo = args.run, [s for s in (subset.space, subset.sscd) if s], []
+    code = {metric.__name__: code_of(metric) for metric in columns}
+    common |= {"code": " ".join(f"{name}:{digest}" for name, digest in code.items())}
     for (name, step), samples in drawn.items():
         digest = hashlib.sha256(samples.images.tobytes()).hexdigest()[:8]
         row = table.pop((name, step), {})
-        if row.get("samples_digest") != digest:
-            row = {}
+        measured_by = dict(word.split(":") for word in row.get("code", "").split())
+        if row.get("samples_digest") != digest or not measured_by or any(
+                code.get(name, old) != old for name, old in measured_by.items()):
+            row = {}                            # other samples, or a metric has changed since
         for space in spaces:                    # features of other weights are other columns
             if row.get(f"weights_{space.name}") != space.digest:
                 own = re.compile(rf"(.*_)?{re.escape(space.name)}(_.*)?")
@@ -777,7 +781,8 @@ def measure_denoisers(args, record, device):
     for step in steps:
         weights = hashlib.sha256((run / f"snapshots/{step:07d}.pt").read_bytes()).hexdigest()
         made_of = digest_of(weights, train.identity(record), args.patch, FILES)[:8]
-        if [row.get("made_of") for row in table.get(("", step), [])] != [made_of] * (3 * 4 * LEVELS):
+        rows = table.get(("", step), [])            # per input, reference and level
+        if [row.get("made_of") for row in rows] != [made_of] * (3 * 4 * LEVELS):
             todo[step] = made_of
     if not todo:
         return
@@ -882,6 +887,7 @@ def measure_twin(args, record, device):
 
 FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
 say_once = functools.cache(functools.partial(print, flush=True))
+source_of = functools.cache(inspect.getsource)
 
 
 def digest_of(*things):
@@ -898,6 +904,28 @@ def digest_of(*things):
             thing = inspect.getsource(thing)
         digest.update(f"{getattr(thing, 'key', thing)!r}\n".encode())
     return digest.hexdigest()
+
+
+def code_of(function):
+    """8 hex digits of the source of a metric and of all in this file that it uses."""
+    sources, names = [source_of(function)], ["Context", "Subset"]
+
+    def look(thing):        # the names that a function, or a class's methods, mention
+        for part in vars(thing).values() if inspect.isclass(thing) else [inspect.unwrap(thing)]:
+            todo = [getattr(part, "__code__", None)]
+            for found in todo:
+                if inspect.iscode(found):
+                    todo += found.co_consts
+                    names.extend(name for name in found.co_names if name not in names)
+    look(function)
+    for name in names:                          # which grows
+        thing = globals().get(name)
+        if getattr(thing, "__module__", "") == __name__:
+            sources.append(source_of(thing))
+            look(thing)
+        elif isinstance(thing, (int, float, str, dict)):
+            sources.append(f"{name} = {thing!r}")
+    return digest_of(*sources)[:8]
 
 
 def cached(function, *things, made_by=FILES):

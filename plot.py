@@ -405,8 +405,12 @@ def slices_of(runs, factor):
 
 
 def sweeps(runs):
-    """{factor: Slice}: for every option that varies, the widest set of runs where it alone does."""
-    varying = [k for k, v in runs[0].key() if any(run.options[k] != v for run in runs)]
+    """{factor: Slice}: for every option that varies, the widest set of runs where it alone does.
+
+    sample.py's --switch, which concerns single snapshots, has a figure of its own instead.
+    """
+    varying = [k for k, v in runs[0].key() if k != "setting_switch"
+               and any(run.options[k] != v for run in runs)]
     found = {}
     for factor in sorted(varying, key=lambda k: [*FACTORS, k].index(k)):
         if slices := slices_of(runs, factor):
@@ -1591,34 +1595,32 @@ def plot_onset(factor, groups, path, runs):
     save_figure(figure, path, f"{label}: onset")
 
 
-def plot_switch(groups, path):
+def plot_switch(runs, path):
     """What samples are like that one snapshot draws down to time t and another from there on.
 
-    groups: the Slice of sample.py's --switch, {"STEP@T": [Run]}; the run without it is of a value
-    that is empty. At t = 0 stands the first snapshot alone, at t = 1 the second.
+    runs: of one training run, the sets of samples drawn with sample.py's --switch and the one
+    without. At t = 0 stands the first snapshot alone, at t = 1 the second.
     """
-    alone = next((runs[0] for value, runs in groups.items() if not value), None)
-    pairs = {}                                  # {(first step, second step): {t: its Run}}
-    for value, runs in groups.items():
-        if value:
-            second, t = map(float, value.split("@"))
-            for first in runs[0].metrics["step"]:
-                pairs.setdefault((first, second), {})[t] = runs[0]
+    alone = [run for run in runs if not run.options["setting_switch"]]
+    pairs = {}                                  # {(first step, second step): {t: Run}}
+    for run in runs:
+        if run not in alone:
+            second, t = map(float, run.options["setting_switch"].split("@"))
+            for first in run.metrics["step"]:
+                pairs.setdefault((first, second), {})[t] = run
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.9))
     for axis, name in zip(axes, ("sw", "kid", "sharpness", "copy"), strict=True):
         title, _, columns = PANELS[name]
         column = columns.split()[0 if name == "copy" else -1]
-        for ((first, second), by_time), color in zip(pairs.items(), palette(len(pairs)),
-                                                     strict=True):
-            points = {t: run.by_step(column).get(first) for t, run in by_time.items()}
-            if alone:
-                points |= {t: alone.by_step(column).get(step)
-                           for t, step in ((0, first), (1, second))}
+        for (pair, by_time), color in zip(pairs.items(), palette(len(pairs)), strict=True):
+            points = {t: run.by_step(column).get(pair[0]) for t, run in by_time.items()}
+            for run in alone:
+                points |= {t: run.by_step(column).get(step) for t, step in enumerate(pair)}
             times = sorted(t for t, value in points.items() if value is not None)
             axis.plot(times, [points[t] for t in times], "o-", color=color,
-                      label=f"step {first:,.0f}, from t on step {second:,.0f}")
+                      label="step {:,.0f}, from t on step {:,.0f}".format(*pair))
         axis.set(title=title + " to held-out" * (name in ("sw", "kid")), xlabel="t")
-    save_figure(figure, path, "drawn with two snapshots in turn")
+    save_figure(figure, path, f"{words((alone or runs)[0].name)}: two snapshots in turn")
 
 
 # A figure of a run: its file, what draws it, the columns and tables it needs (their beginnings).
@@ -1649,10 +1651,11 @@ def draw_all(runs, found, folder, study):
             if all(any(have.startswith(need) for have in data) for need in needs.split()):
                 draw(run, folder / name.format(run.stem))
         seen.add(run.key())
+    switched = [run for run in runs if "setting_switch" in run.options]     # it varies, then
+    for sets in grouped(switched, lambda run: (run.key("setting_switch"), run.seed)).values():
+        if any(run.options["setting_switch"] for run in sets):
+            plot_switch(sets, folder / f"switch_{sets[0].stem}.png")
     for factor, groups in found.items():
-        if factor == "setting_switch":
-            plot_switch(groups, folder / f"switch_{runs[0].stem}.png")
-            continue
         plot_sweep(factor, groups, folder / f"sweep_{factor}.png", study.get(factor))
         plot_onset(factor, groups, folder / f"onset_{factor}.png", runs)
 

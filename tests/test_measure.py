@@ -486,7 +486,7 @@ def test_metrics_of_a_run(tiny_run):
         assert float(row["copy_high"]) == pytest.approx(0.2425, abs=1e-3)
         assert all(float(row[f"{m}_pixels_{s}"]) > 0
                    for m in ("fid", "sw") for s in ("train", "heldout"))
-        assert all(row.values())
+        assert all(value for name, value in row.items() if name != "setting_switch")
     with np.load(tiny_run / f"neighbours/{SET}/0000016.npz") as found:
         assert found["distances"].shape == found["indices"].shape == (12, 2)
         assert found["nearest"].shape == found["samples"].shape == (12, 8, 8, 3)
@@ -570,12 +570,38 @@ def test_a_new_metric_is_added_to_what_was_measured(run, monkeypatch, capsys):
     measure.main([str(run), "--device", "cpu"])
     assert "5 of 5 snapshots" in capsys.readouterr().out
     for before, after in zip(old, metrics(run), strict=True):
-        assert before.items() <= after.items()
+        assert before.items() <= after.items() | {("code", before["code"])}
         assert float(after["brightness"]) == pytest.approx(
             sample.read_samples(file_of(run, int(after["step"]))).images.mean())
     assert all(float(r["brightness"]) > 0 for r in metrics(run, "controls.csv") if r["brightness"])
     measure.main([str(run), "--device", "cpu"])
     assert "0 of 5 snapshots" in capsys.readouterr().out
+
+
+def test_a_changed_metric_is_measured_anew(run, monkeypatch, capsys):
+    def sharpness(c):
+        """Another sharpness, in the same columns."""
+        return {"sharpness": 7.0, "contrast": float(len(c.images))}
+    others = [m for m in measure.METRICS if m is not measure.sharpness]
+    monkeypatch.setattr(measure, "METRICS", (*others, sharpness))
+    measure.main([str(run), "--device", "cpu"])
+    assert "5 of 5 snapshots" in capsys.readouterr().out
+    assert {row["sharpness"] for row in metrics(run)} == {"7.0"}
+
+
+def test_the_code_of_a_metric_is_all_that_it_uses(monkeypatch):
+    before = {metric: measure.code_of(metric) for metric in measure.METRICS}
+
+    def kid(x, y):
+        """Another KID."""
+        return 0.0, 0.0
+    kid.__module__ = "measure"
+    monkeypatch.setattr(measure, "kid", kid)
+    changed = {m.__name__ for m in measure.METRICS if measure.code_of(m) != before[m]}
+    assert changed == {"fidelity", "replaced"}
+    monkeypatch.setattr(measure, "THRESHOLDS", {"": 0.5})
+    changed |= {m.__name__ for m in measure.METRICS if measure.code_of(m) != before[m]}
+    assert changed == {"fidelity", "replaced", "copying", "near_samples"}
 
 
 def test_sets_of_samples_side_by_side(run, capsys):
