@@ -558,8 +558,9 @@ def measure(args, record, device):
              for name, steps in sets.items() for step in steps}
     if not drawn:
         raise InputError(f"{run}: no samples to measure; run sample.py {run} first")
-    exact = next((open_samples(run, record, name, "exact").images for name in [*sets, ""]
-                  if sample.samples_path(run, name, "exact").exists()), None)
+    exact = sorted((run / "samples").rglob("exact.npz"))        # of several sets the first will do
+    exact = open_samples(run, record, exact[0].parent.relative_to(run / "samples"), "exact"
+                         ).images if exact else None
     table = {key: rows[0] for key, rows in rows_by_snapshot(run / "metrics.csv").items()}
     spaces, data = load_spaces(args, device), train.load_subset(run, record, args.data)
     subset = Subset(data, options["flip"], device, *spaces,

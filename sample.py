@@ -74,7 +74,8 @@ def ddim_step(process, xt, prediction, t, t_next, eta=0.0, z=None, clip=False):
     x0 to [-1, 1] before it is used, and let eps follow; the x0 returned is not clamped.
     """
     (a, s), (a_next, s_next) = process.schedule(t), process.schedule(t_next)
-    x0, eps = unclamped, _ = process.x0_eps(xt, prediction, t)
+    x0, eps = process.x0_eps(xt, prediction, t)
+    unclamped = x0
     if clip:                                            # as the code of Ho et al. does
         x0 = x0.nan_to_num(0, 1, -1).clamp(-1, 1)       # 0/0 where a(1) is 0: nothing is known
         eps = (xt - a * x0) / s
@@ -212,14 +213,9 @@ def read_samples(path, run=None):
     """
     with reading(path, "delete it and run sample.py again"):
         arrays = read_npz(path)
-        if "made_by" in arrays:
-            made = json.loads(str(arrays["made_by"]))
-            outside = float(arrays["out_of_range"])
-        else:                                           # before there was clipping
-            made = {"settings": json.loads(str(arrays["settings"])) | {"clip": False}}
-            outside = float("nan")
-        found = Samples(arrays["images"], arrays["labels"], dict(made["settings"]), outside,
-                        made.get("name", path.stem))
+        made = json.loads(str(arrays["made_by"]))
+        found = Samples(arrays["images"], arrays["labels"], dict(made["settings"]),
+                        float(arrays["out_of_range"]), made["name"])
         if (found.images.dtype != np.uint8 or found.images.ndim != 4
                 or found.labels.shape != found.images.shape[:1]):
             raise ValueError("images or labels of another kind")
@@ -294,7 +290,7 @@ def make_parser():
     p.add_argument("--switch", default="", metavar="STEP@T", help="from time T (1 noise, 0 image) "
                    "on, draw with the weights of snapshot STEP instead, say 4096@0.5")
     p.add_argument("--exact", action="store_true", help="sample with the closed-form optimal "
-                   "denoiser of the training subset instead of the network, into samples/exact.npz")
+                   "denoiser of the training subset instead of the network, into exact.npz")
     p.add_argument("--data", help="where the training images are, if not where train.py found them "
                    "(for --exact)")
     p.add_argument("--batch-size", type=int, help="images at a time (CUDA: 1024, CPU: 64)")

@@ -46,7 +46,8 @@ def expand(value, x):
 
 
 def q_sample(process, x0, t, eps):
-    """xt = a(t) x0 + s(t) eps (Ho, eq. 4; Liu, eq. 1). x0, eps (B, C, H, W), t (B,) in [0, 1]."""
+    """xt = a(t) x0 + s(t) eps (Ho, eq. 4; Liu, eq. 1, with time reversed). x0, eps (B, C, H, W), t
+    (B,) in [0, 1]."""
     a, s = process.schedule(t)
     return expand(a, x0) * x0 + expand(s, x0) * eps
 
@@ -167,24 +168,24 @@ def double(x):
 class Block(nn.Module):
     """Residual block: two convolutions, between them the embedding; may halve or double x."""
 
-    def __init__(self, i, o, embed, resample=None):
+    def __init__(self, c_in, c_out, embed, resample=None):
         super().__init__()
         self.resample = resample
-        self.norm1 = RMSNorm(i)
-        self.conv1 = nn.Conv2d(i, o, 3, padding=1)
-        self.norm2 = RMSNorm(o)
-        self.modulation = nn.Linear(embed, 2 * o)
-        self.conv2 = zero_init(nn.Conv2d(o, o, 3, padding=1))
-        self.skip = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
+        self.norm1 = RMSNorm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = RMSNorm(c_out)
+        self.modulation = nn.Linear(embed, 2 * c_out)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, embedding):
-        h = F.silu(self.norm1(x))                                   # (B, i, H, W)
-        if self.resample == "down":                                 # (B, i, H/2, W/2)
+        h = F.silu(self.norm1(x))                                   # (B, c_in, H, W)
+        if self.resample == "down":                                 # (B, c_in, H/2, W/2)
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resample == "up":                                 # (B, i, 2H, 2W)
+        elif self.resample == "up":                                 # (B, c_in, 2H, 2W)
             h, x = double(h), double(x)
-        h = self.conv1(h)                                           # (B, o, H, W)
-        modulation = self.modulation(embedding)[:, :, None, None]   # (B, 2o, 1, 1)
+        h = self.conv1(h)                                           # (B, c_out, H, W)
+        modulation = self.modulation(embedding)[:, :, None, None]   # (B, 2 c_out, 1, 1)
         scale, shift = modulation.chunk(2, dim=1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
         return self.skip(x) + self.conv2(h)
@@ -217,10 +218,10 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """A residual block, followed by self-attention where the level has it."""
 
-    def __init__(self, i, o, embed, attention=False, resample=None):
+    def __init__(self, c_in, c_out, embed, attention=False, resample=None):
         super().__init__()
-        self.block = Block(i, o, embed, resample)
-        self.attention = Attention(o) if attention else nn.Identity()
+        self.block = Block(c_in, c_out, embed, resample)
+        self.attention = Attention(c_out) if attention else nn.Identity()
 
     def forward(self, x, embedding):
         return self.attention(self.block(x, embedding))
@@ -338,7 +339,7 @@ def train(args, record, out, data, net, device, rank=0, world=1):
 
     Of `world` processes each takes its share of every batch; the first one evaluates and writes.
     """
-    # The network, its moving average, Adam, and the step that they are at: 0, or the checkpoint's.
+    # The network, its moving average, Adam and their step: new, or from last.pt.
     state = set_up(args, record, out, net, device, rank)
     if state.step == args.steps:
         return say(rank, f"{out}: finished at step {state.step}; nothing to do")
@@ -349,7 +350,7 @@ def train(args, record, out, data, net, device, rank=0, world=1):
                                      initial=state.step * args.batch, disable=rank > 0 or None)
     say(rank, f"{out}: {sum(p.numel() for p in net.parameters()):,} parameters, {args.n} images, "
               f"on {world} x {device.type}, steps {state.step} to {args.steps}")
-    resumed = time.monotonic()
+    last_saved = time.monotonic()
     for step in range(state.step + 1, args.steps + 1):
         # One step. Nothing in it waits for the device.
         loss = training_loss(model, splits["train"], args, step, rank, world)
@@ -360,16 +361,16 @@ def train(args, record, out, data, net, device, rank=0, world=1):
 
         # Now and then: is all well? Then write down where we are.
         due = step in evaluations
-        if due or meter.bad_step or time.monotonic() - resumed > 60 * args.save_minutes:
+        if due or meter.bad_step or time.monotonic() - last_saved > 60 * args.save_minutes:
             check_finite(meter, net, step, state.step)
-            lap = time.monotonic() - resumed
+            lap = time.monotonic() - last_saved
             rate = (step - state.step) * args.batch / lap
             state.step, state.seconds = step, state.seconds + lap
             if rank == 0 and due:                   # the others wait for it in the next step
                 bar.write(save_and_evaluate(state, splits, args, out, rate))
             elif rank == 0:
                 state.save(out)
-            resumed = time.monotonic()
+            last_saved = time.monotonic()
     bar.close()
     say(rank, f"next: python sample.py {out}")
 
@@ -408,12 +409,12 @@ def update(state, loss, step, ema):
 
 
 def save_and_evaluate(state, splits, args, out, rate):
-    """Write the averaged weights, both splits' losses and the state; the line to print."""
+    """Evaluate; write the snapshot, last.pt and log.csv; return the line to print."""
     losses = {name: evaluate(state.average, PROCESSES[args.process], *split, args.eval_images,
                              args.amp) for name, split in splits.items()}
     state.rows.append(log_row(state.step, args.batch, rate, state.seconds, **losses))
     state.save_snapshot(out)
-    state.save(out)                                 # first, so that the log is never ahead of it
+    state.save(out)                                 # before the log, which must not be ahead of it
     write_csv(out / "log.csv", state.rows)
     return (f"step {state.step:7d}  train {losses['train'][0]:.5f}  "
             f"held-out {losses['heldout'][0]:.5f}  {rate:.0f} images/s")
@@ -433,7 +434,7 @@ def set_up(args, record, out, net, device, rank=0):
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
     state = State(net, average, optimizer, scaler, identity(record))
-    state.load(out, args.steps)
+    state.load(out, args.steps, rank)
     if rank == 0:
         state.announce(out, record)
     return state
@@ -824,7 +825,7 @@ class State:
         self.net, self.average, self.optimizer, self.scaler = net, average, optimizer, scaler
         self.run, self.step, self.seconds, self.rows = run, 0, 0.0, []
 
-    def load(self, out, steps):
+    def load(self, out, steps, rank=0):
         """Take last.pt, if there is one; a run that has ended may have lost it since.
 
         Raises InputError where last.pt is damaged, of another run, or beyond `steps`.
@@ -843,7 +844,7 @@ class State:
             with reading(out / "log.csv", "delete it to train anew"):
                 self.step = int(logged[-1]["step"])
             if self.step < steps:
-                print(f"{out}: last.pt is gone, so this run starts over", flush=True)
+                say(rank, f"{out}: last.pt is gone, so this run starts over")
                 self.step = 0
         if self.step > steps:
             raise InputError(f"--steps {steps}: {out} has been trained to step {self.step} already")
@@ -950,7 +951,7 @@ def differences(old, new):
 
 
 def identity(record):
-    """16 hex digits of what makes a run this run: its options, images and noise process."""
+    """16 hex digits of what makes a run this run: its options and its training images."""
     defaults = vars(make_parser().parse_args([])) | record.get("defaults", {})
     parts = {k: v for k, v in record["options"].items()
              if k not in (*FREE, "data") and v != defaults.get(k)}
@@ -1032,8 +1033,8 @@ def log_row(step, batch, rate, seconds, train, heldout):
 
 
 class Meter:
-    """The last loss and the first step with a bad one, for the progress bar: `loss` and `bad_step`
-    are copies that nobody waits for, so they may lag behind the device.
+    """The last loss, and the first step with a bad one. `loss` and `bad_step` are copies that
+    nobody waits for: they may lag behind the device.
     """
 
     def __init__(self, device):
