@@ -1309,8 +1309,11 @@ def plot_hump(run, path):
     powers = {row.get("name") or number(row["step"]):
               np.array([number(v) for k, v in row.items() if k.startswith("power_")])
               for row in run.tables["spectrum"]}
-    places = {run.column("sw_SPACE_heldout")[0][-1]: "end", hump(run): "hump",
-              best_fidelity(run)[1]: "best"}
+    best_step, (sharp_steps, sharp) = best_fidelity(run)[1], run.column("sharpness")
+    blurred = min(((value, step) for step, value in zip(sharp_steps, sharp, strict=True)
+                   if step >= best_step), default=(0, math.nan))[1]
+    places = {blurred: "least sharp", run.column("sw_SPACE_heldout")[0][-1]: "end",
+              hump(run): "hump", best_step: "best"}
     steps = sorted(step for step in places if not math.isnan(step))
     curves = [(step, "o-", color, f"{places[step]}: step {step:,.0f}")
               for step, color in zip(steps, palette(len(steps)), strict=True) if step in powers]

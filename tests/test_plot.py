@@ -178,6 +178,7 @@ def test_the_map_of_denoisers_names_the_nearest(run, drawn):
 def with_hump(run):
     """The same run, but its sliced Wasserstein distance rises to a hump at step 512."""
     run.metrics["sw_pixels_heldout"] = np.array([2.0, 1, 2, 4, 3, 2, 1.5])
+    run.metrics["sharpness"] = np.array([0.06, 0.05, 0.04, 0.03, 0.02, 0.03, 0.04])
     return run
 
 
@@ -189,7 +190,8 @@ def test_the_spectrum_is_relative_to_the_training_images(run, drawn):
     assert set(power) >= {"best", "end"} and "hump" not in power     # SW falls, then only rises
     assert (power["best"] == 0.5).all()
     plot.plot_hump(with_hump(run), None)
-    assert "hump: step 512" in labels(titled(drawn[1][0], "power over training images'"))
+    marked = labels(titled(drawn[1][0], "power over training images'"))
+    assert {"hump: step 512", "least sharp: step 1,024"} <= {*marked}
 
 
 def test_copies_have_a_red_frame_and_their_ratio(run, drawn):
