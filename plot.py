@@ -278,13 +278,14 @@ def study_runs():
     return runs
 
 
-def settle(runs):
+def settle(runs, ignore=()):
     """Give every run the same options: what one lacks, at its default; settings if they matter.
 
-    A sampling setting counts only where differently named sets of samples differ in it: the
-    clipping that a process brings along does not.
+    ignore: options that do not make another run here. A sampling setting counts only where
+    differently named sets of samples differ in it: the clipping that a process brings along does
+    not.
     """
-    free = set().union(*(run.free for run in runs))
+    free = set(ignore).union(*(run.free for run in runs))
     defaults = {k: v for run in reversed(runs) for k, v in run.defaults.items()}
     names = {k for run in runs for k in run.options} - free
     by_set = grouped(runs, lambda run: run.set)
@@ -331,14 +332,14 @@ def read_root(root, damaged):
     return groups
 
 
-def find_runs(*roots, damaged=None):
+def find_runs(*roots, damaged=None, ignore=()):
     """The runs at or below some folders, grouped: {folder for figures: [Run]}.
 
     Of several roots: the union of their runs, in one place, the figures/ of the first root (a root
     of tables: the root itself). A run that an earlier root has, too, with its name and its set of
     samples, is left out. Runs that no chain of changes of one option connects are put into folders
-    of their own, named by what differs. damaged: a list that takes the message of each run that is
-    not readable; PlotError where no run is.
+    of their own, named by what differs. ignore: see settle. damaged: a list that takes the message
+    of each run that is not readable; PlotError where no run is.
     """
     roots, damaged = [Path(root) for root in roots], [] if damaged is None else damaged
     found = [read_root(root, damaged) for root in roots]
@@ -353,8 +354,15 @@ def find_runs(*roots, damaged=None):
                       if (run.name, run.set) not in earlier]
         place = roots[0] / ("figures" if run_folders(roots[0]) else "")
         groups = {place: sorted(union, key=lambda run: run.name)}
+    everything = [*itertools.chain(*groups.values())]
+    for name in ignore:
+        if not any(name in run.options for run in everything):
+            raise PlotError(f"--ignore {name}: no run has such an option")
     for runs in groups.values():
-        settle(runs)
+        settle(runs, ignore)
+        for same in grouped(runs, lambda run: (run.key(), run.seed, run.set)).values():
+            if ignore and len(same) > 1:
+                raise PlotError(f"--ignore: {same[0].name} and {same[1].name} would be one run")
     return {place / name: family for place, runs in groups.items()
             for name, family in families(runs).items()}
 
@@ -1666,14 +1674,15 @@ def draw_all(runs, found, folder, study):
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def report(roots, study):
+def report(roots, study, ignore=()):
     """Draw, judge and print everything below the roots; the messages of unreadable runs.
 
     A file written anew has a new inode; what an earlier call left and this one did not is removed,
     but not beside tables, from which pictures cannot be drawn again.
     """
     damaged, old = [], {}
-    groups = find_runs(*roots, damaged=damaged) if roots else {Path("paper_figures"): study_runs()}
+    groups = (find_runs(*roots, damaged=damaged, ignore=ignore) if roots else
+              {Path("paper_figures"): study_runs()})
     if roots and run_folders(Path(roots[0])):
         kinds = {name.split("_")[0] for name, *_ in RUN_FIGURES} | {"sweep", "onset", "switch"}
         for folder in groups:                   # figures/, or a folder of a family in it
@@ -1705,6 +1714,8 @@ def main(argv=None):
     p.add_argument("roots", nargs="*", metavar="root", help="a run folder, a folder of runs, or a "
                    "folder with runs.csv; of several, the union of their runs is drawn into the "
                    "figures/ of the first, and a run that two of them have is taken from the first")
+    p.add_argument("--ignore", nargs="+", default=(), metavar="OPTION", help="options of train.py "
+                   "that shall not make another run here, say eval_images")
     p.add_argument("--paper", action="store_true", help="set the study's own curves beside these "
                    "runs; without a folder, draw and judge them alone, into paper_figures/")
     args = p.parse_args(argv)
@@ -1714,7 +1725,7 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        damaged = report(args.roots, args.paper)
+        damaged = report(args.roots, args.paper, [name.replace("-", "_") for name in args.ignore])
     except (PlotError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -555,3 +555,19 @@ def test_the_committed_tables_give_the_committed_verdicts(tmp_path, name):
     plot.write_tables(runs, plot.sweeps(runs), tmp_path)
     for file in ("claims.md", "summary.csv", "runs.csv"):
         assert (tmp_path / file).read_text() == (ROOT / "results" / name / file).read_text(), file
+
+
+def test_an_ignored_option_makes_no_other_run(tmp_path, drawn, capsys):
+    for seed, count in ((0, 2048), (1, 5120), (2, 5120)):
+        folder_of(tmp_path, f"s{seed}", {"n": 16, "seed": seed, "eval_images": count})
+    plot.main([str(tmp_path)])
+    assert "eval images" in capsys.readouterr().out
+    plot.main([str(tmp_path), "--ignore", "eval-images"])
+    text = capsys.readouterr().out
+    assert "3 runs of 1 settings, 1 with repeats" in text and "eval images" not in text
+    folder_of(tmp_path, "twice", {"n": 16, "seed": 0, "eval_images": 5120})
+    for ignored, word in ((["none"], "--ignore none"), ([], "--ignore: s0 and twice")):
+        with pytest.raises(SystemExit) as stop:
+            plot.main([str(tmp_path), "--ignore", "eval_images", *ignored])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and len(lines) == 1 and word in lines[0]
