@@ -634,10 +634,11 @@ def test_bad_samples_are_named(run, refused):
     refused(measure.main, [run, "--num", "13"], "--num 13", "only 12")
     refused(measure.main, [run, "--num", "0"], "--num 0")
     refused(measure.main, [run, "--data", "none.npz"], "none.npz")
-    whole = path.read_bytes()
+    found, whole = sample.read_samples(path), path.read_bytes()
     path.write_bytes(whole[:300])
     refused(measure.main, [run], path, "damaged")
-    np.savez(path, images=np.zeros((12, 4, 4, 3), np.uint8), labels=np.zeros(12), settings="{}")
+    sample.write_samples(path, np.zeros((12, 4, 4, 3), np.uint8), found.labels, found.settings, 0.0,
+                         train.identity(train.read_run(run)))
     refused(measure.main, [run], path, "(12, 4, 4, 3)")
     shutil.rmtree(run / "samples")
     refused(measure.main, [run], "no samples", "sample.py")
