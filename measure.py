@@ -319,13 +319,13 @@ class Subset:
     """The training subset that copies are searched in, the held-out images, and their features.
 
     train, heldout uint8 (n, S, S, C); groups (N,) of near-duplicates. Where training flipped, a
-    mirrored copy is a copy, of the same group as its original. space: of fidelity; most: how many
-    held-out images fidelity takes at most (all). own: the two nearest of each training image among
+    mirrored copy is a copy, of the same group as its original. space: of fidelity; max_count: of
+    held-out images that it takes (all). own: the two nearest of each training image among
     those of other groups; references: features, float32 (n, D), of real images.
     Raises InputError where all are near-duplicates.
     """
 
-    def __init__(self, data, flip, device, space=PIXELS, sscd=None, most=10**9):
+    def __init__(self, data, flip, device, space=PIXELS, sscd=None, max_count=10**9):
         self.train = torch.from_numpy(data.train_images).to(device)
         self.heldout = torch.from_numpy(data.heldout_images).to(device)
         self.search = pixel_features(self.train)
@@ -337,11 +337,11 @@ class Subset:
             self.search = torch.cat([self.search, pixel_features(self.train.flip(2))])
             self.search_groups = self.groups.repeat(2)
         self.own = self.nearest(self.train, self.groups)
-        self.space, self.sscd, self.most = space, sscd, min(most, len(self.heldout))
+        self.space, self.sscd, self.max_count = space, sscd, min(max_count, len(self.heldout))
         self.references = {"train": space.of_real(self.train),
-                           "heldout": space.of_real(self.heldout[:self.most]),
+                           "heldout": space.of_real(self.heldout[:self.max_count]),
                            "sscd": sscd and sscd.of_real(self.train)}
-        self.key = digest_of(self.search, self.heldout, self.most, space, sscd)
+        self.key = digest_of(self.search, self.heldout, self.max_count, space, sscd)
 
     def nearest(self, images, exclude=None):
         """two_nearest of uint8 images: distances and indices, each (n, 2)."""
@@ -360,7 +360,7 @@ class Context:
 
     def __init__(self, images, subset, splits=("train", "heldout"), neighbours=None):
         self.images = torch.as_tensor(images, device=subset.train.device)
-        self.subset, self.splits, self.count = subset, splits, min(len(images), subset.most)
+        self.subset, self.splits, self.count = subset, splits, min(len(images), subset.max_count)
         self.pixels = pixel_features(self.images)
         self.neighbours = neighbours or subset.nearest(self.images)     # distances, indices (n, 2)
         self.distances, self.nearest = (x[:, 0] for x in self.neighbours)
@@ -525,10 +525,10 @@ def measure_controls(run, subset, exact):
     samples of the exact denoiser, uint8 (n, S, S, C), or None. What the file holds of another
     feature space stays, if of as many pictures.
     """
-    n, most, heldout, splits = len(subset.train), subset.most, subset.heldout, ("train",)
-    if 2 * most <= len(heldout):                # the first ones are the reference
-        heldout, splits = heldout.roll(-most, 0), ("train", "heldout")
-    draws = torch.randint(n, (max(n, most),), generator=generator("cpu", "control"))
+    n, max_count, heldout, splits = len(subset.train), subset.max_count, subset.heldout, ("train",)
+    if 2 * max_count <= len(heldout):           # the first ones are the reference
+        heldout, splits = heldout.roll(-max_count, 0), ("train", "heldout")
+    draws = torch.randint(n, (max(n, max_count),), generator=generator("cpu", "control"))
     contexts = {"heldout": Context(heldout, subset, splits),
                 "training": Context(subset.train[draws.to(heldout.device)], subset),
                 "leave_one_out": Context(subset.train, subset, neighbours=subset.own)}
@@ -564,7 +564,7 @@ def measure(args, record, device):
     table = {key: rows[0] for key, rows in rows_by_snapshot(run / "metrics.csv").items()}
     spaces, data = load_spaces(args, device), train.load_subset(run, record, args.data)
     subset = Subset(data, options["flip"], device, *spaces,
-                    most=max(len(samples.images) for samples in drawn.values()))
+                    max_count=max(len(samples.images) for samples in drawn.values()))
     duplicates = [{"image": i, "duplicate_of": group}
                   for i, group in enumerate(subset.groups.tolist()) if group != i]
     write_csv(run / "duplicates.csv", duplicates, columns=("image", "duplicate_of"))

@@ -937,7 +937,7 @@ def judge(runs):
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def digits(value, count=4):
+def number_text(value, count=4):
     """A number as text, with so many digits; nothing for nan and inf."""
     return f"{value:.{count}g}" if math.isfinite(value) else ""
 
@@ -945,7 +945,8 @@ def digits(value, count=4):
 def summarize(run):
     """One row of summary.csv, as texts; empty cells for what was not measured."""
     row = {"run": run.name, **dict(run.key()), "seed": run.seed,
-           "parameters": digits(run.parameters, 12), "last_step": digits(run.last_step, 12)}
+           "parameters": number_text(run.parameters, 12),
+           "last_step": number_text(run.last_step, 12)}
     for name in TAUS:
         point = onset(name)(run)
         cells = [f"tau_{name}", f"tau_{name}_low", f"tau_{name}_high"]
@@ -957,13 +958,13 @@ def summarize(run):
                 row[cell] = f"{math.exp(point.value + z * math.sqrt(point.variance)):.0f}"
     value, step, improving = best_fidelity(run)
     speed, kept = rate(COPY_LEVELS["copy_10"])(run), to_keep(run)
-    last, null = (digits([math.nan, *run.column(column)[1]][-1])
+    last, null = (number_text([math.nan, *run.column(column)[1]][-1])
                   for column in ("copy_ratio", "null_copy_ratio"))
-    return row | {"rate_to_copy_10": digits(math.exp(speed.value)) if speed else "",
-                  "best_sw_heldout": "<" * improving + digits(value),
-                  "best_sw_step": digits(step, 12), "hump_step": digits(hump(run), 12),
-                  "keep_step": digits(kept[0], 12), "keep_sw_heldout": digits(kept[1]),
-                  "keep_copy_ratio": digits(kept[2]), "space": run.space or "",
+    return row | {"rate_to_copy_10": number_text(math.exp(speed.value)) if speed else "",
+                  "best_sw_heldout": "<" * improving + number_text(value),
+                  "best_sw_step": number_text(step, 12), "hump_step": number_text(hump(run), 12),
+                  "keep_step": number_text(kept[0], 12), "keep_sw_heldout": number_text(kept[1]),
+                  "keep_copy_ratio": number_text(kept[2]), "space": run.space or "",
                   "last_copy_ratio": last, "null_copy_ratio": null}
 
 
@@ -1060,14 +1061,14 @@ def claims_text(runs, found, study):
 
 def curve_rows(run):
     """The rows of runs.csv of one run: what it is, then `step`, then log and metrics."""
-    before = {"run": run.name, "set": run.set, "parameters": digits(run.parameters, 12),
+    before = {"run": run.name, "set": run.set, "parameters": number_text(run.parameters, 12),
               "seed": run.seed}
     before |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in run.key()}
     columns = {c: dict(zip(table["step"], table[c], strict=True))
                for table in (run.metrics, run.log) for c in table
                if c != "step" and "setting_" not in c}
-    return [before | {"step": digits(step, 12)} | {
-        c: digits(values.get(step, math.nan), 8) for c, values in columns.items()}
+    return [before | {"step": number_text(step, 12)} | {
+        c: number_text(values.get(step, math.nan), 8) for c, values in columns.items()}
         for step in sorted(set().union(*columns.values()))]
 
 
@@ -1086,7 +1087,7 @@ def write_tables(runs, found, folder, study=False):
     tables = {"summary": [summarize(run) for run in runs],
               "runs": [row for run in runs for row in curve_rows(run)]}
     for run in runs:
-        controls = [{"name": name} | {column: digits(value, 8) for column, value in row.items()}
+        controls = [{"name": name} | {c: number_text(value, 8) for c, value in row.items()}
                     for name, row in run.controls.items()]
         for stem, rows in {"controls": controls, **run.tables}.items():
             tables.setdefault(stem, []).extend({"run": run.name, **row} for row in rows)
