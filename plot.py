@@ -1252,8 +1252,8 @@ def panels(run, rows, size):
 
 def heat(axis, cells, columns, rows, colors, **more):
     """Cells (rows, columns) as an image, with the names of all rows and of 12 columns at most."""
-    image = axis.imshow(cells, aspect="auto", interpolation="nearest", **more,
-                        cmap=mpl.colors.LinearSegmentedColormap.from_list("", colors, bad="0.65"))
+    colormap = mpl.colors.LinearSegmentedColormap.from_list("", colors).with_extremes(bad="0.65")
+    image = axis.imshow(cells, aspect="auto", interpolation="nearest", cmap=colormap, **more)
     shown = range(0, len(columns), -(-len(columns) // 12))
     axis.set_xticks(shown, [columns[k] for k in shown])
     axis.set_yticks(range(len(rows)), rows)
