@@ -549,7 +549,7 @@ def test_nothing_here_needs_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", ["digits", "mini"])
+@pytest.mark.parametrize("name", ["digits", "mini", "hump"])
 def test_the_committed_tables_give_the_committed_verdicts(tmp_path, name):
     (runs,) = plot.find_runs(ROOT / "results" / name).values()
     plot.write_tables(runs, plot.sweeps(runs), tmp_path)
