@@ -1,7 +1,7 @@
 """Train one diffusion model on the first n images of a data set, until it copies them.
 
     python train.py --data digits --n 64 --process flow --conditional --width 32 --mults 1 2 \
-                    --blocks 1 --embed 128 --lr 1e-3 --steps 1500       # real digits, a CPU, 2 min
+                    --blocks 1 --embed 128 --lr 1e-3 --steps 1500       # real digits, a CPU, 1 min
     python train.py --data cifar10 --n 2048 --width 32 --batch 64 --steps 20000     # any GPU
     python train.py --data cifar10 --n 2048 --process flow --conditional --weighting sigmoid
 
