@@ -38,7 +38,16 @@ from tqdm import tqdm
 
 import sample
 import train
-from train import LEVELS, InputError, generator, reading, to_float, write_atomic, write_csv
+from train import (
+    LEVELS,
+    InputError,
+    generator,
+    reading,
+    to_float,
+    to_uint8,
+    write_atomic,
+    write_csv,
+)
 
 THRESHOLDS = {"": 1 / 3, "_quarter": 1 / 4, "_half": 1 / 2}     # of d1/d2; the literature's is 1/3
 SW_SAMPLES, SW_PROJECTIONS = 2000, 1000
@@ -684,23 +693,6 @@ def local(images, patch=3):
     return estimate
 
 
-def per_class(make, process, images, labels):
-    """net(xt, t, labels) of the estimates make(images of a class): f(xt, a, s) -> x0; of all images
-    where the class has fewer than two."""
-    estimates = {}
-    for k in labels.unique().tolist():
-        own = images[labels == k]
-        estimates[k] = make(own if len(own) > 1 else images)
-
-    def net(xt, t, labels):
-        (a, s), x0 = process.schedule(t), torch.empty_like(xt)
-        for k in labels.unique().tolist():
-            rows = labels == k
-            x0[rows] = estimates[k](xt[rows], a[rows], s[rows])
-        return process.prediction(xt, x0, t)
-    return net
-
-
 def x0_of(net, process, xt, t, labels):
     """What a net takes for x0, (n, C, H, W); clamped where sampling clamps it."""
     parts = []
@@ -747,8 +739,9 @@ def denoiser_study(process, data, patch):
     m = min(INPUTS, len(heldout) // 2)
     trained = process, images, labels
     references = {"memorizer": sample.memorizer(*trained),
-                  "gaussian": per_class(gaussian, *trained),
-                  "local": per_class(functools.partial(local, patch=patch), *trained),
+                  "gaussian": sample.as_network(gaussian, *trained, least=2),
+                  "local": sample.as_network(functools.partial(local, patch=patch), *trained,
+                                             least=2),
                   "population": sample.memorizer(process, heldout[m:], heldout_labels[m:])}
     inputs = {"heldout": noised(process, heldout[:m], heldout_labels[:m]),
               "training": noised(process, images[:INPUTS], labels[:INPUTS])}
@@ -809,13 +802,10 @@ def planted_rows(subset):
     g, x = torch.Generator().manual_seed(0), to_float(images)   # (n, C, S, S)
     noise = torch.randn(x.shape, generator=g).to(x.device)
     gain, shift = (torch.rand(2, len(x), x.shape[1], 1, 1, generator=g) - 0.5).to(x.device)
-
-    def back(y):                                                # to uint8 (n, S, S, C)
-        return ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     planted = {"exact": images}
-    planted |= {f"noise rms {rms:.2f}": back(x + rms * noise) for rms in (0.05, 0.1, 0.15, 0.2)}
+    planted |= {f"noise rms {rms:.2f}": to_uint8(x + rms * noise) for rms in (0.05, 0.1, 0.15, 0.2)}
     planted |= {"mirrored": images.flip(2), "shifted by 1 pixel": images.roll(1, 2),
-                "recoloured": back(x * (1 + 0.4 * gain) + 0.4 * shift),
+                "recoloured": to_uint8(x * (1 + 0.4 * gain) + 0.4 * shift),
                 "held-out images": subset.heldout[:1024]}
     rows = []
     for name, pictures in planted.items():

@@ -16,6 +16,7 @@ Equation numbers: "Song" is arXiv 2010.02502 (DDIM), "Ho" is arXiv 2006.11239 (D
 """
 
 import argparse
+import functools
 import itertools
 import json
 import re
@@ -45,6 +46,7 @@ from train import (
     reading,
     send,
     to_float,
+    to_uint8,
     write_atomic,
 )
 
@@ -134,21 +136,33 @@ def exact_denoiser(xt, a, s, images):
     return (logits.softmax(dim=1) @ y + center).reshape(xt.shape)
 
 
-def memorizer(process, images, labels=None):
-    """The perfect memorizer of `images` (N, C, H, W) as one more network: net(xt, t, labels).
+def as_network(make, process, images, labels=None, least=1):
+    """A denoiser known in closed form as one more network: net(xt, t, labels) -> prediction.
 
-    No network has a lower training loss. labels (N,): of the images; then an image of class k is
-    one of that class (of all images, where the class has none).
+    make(images (N, C, H, W)) -> f(xt, a, s) -> x0. labels (N,): of the images; then class k's is
+    made of that class (of all images, where the class has fewer than `least`).
     """
+    @functools.cache
+    def of_class(k):
+        own = images if k is None else images[labels == k]
+        return make(own if len(own) >= least else images)
+
     def net(xt, t, wanted=None):
-        a, s = process.schedule(t)
-        x0 = torch.empty_like(xt)
-        groups = [slice(None)] if labels is None else [wanted == k for k in wanted.unique()]
-        for rows in groups:
-            known = images if labels is None else images[labels == wanted[rows][0]]
-            x0[rows] = exact_denoiser(xt[rows], a[rows], s[rows], known if len(known) else images)
-        return process.prediction(xt, x0, t)
+        (a, s), x0 = process.schedule(t), torch.empty_like(xt)
+        for k in [None] if labels is None else wanted.unique().tolist():
+            rows = slice(None) if k is None else wanted == k
+            x0[rows] = of_class(k)(xt[rows], a[rows], s[rows])
+        return process.predict_given_x0(xt, x0, t)
     return net
+
+
+def memorizer(process, images, labels=None):
+    """The perfect memorizer of images (N, C, H, W), labels (N,) or None, as a network.
+
+    No network has a lower training loss.
+    """
+    return as_network(lambda known: functools.partial(exact_denoiser, images=known),
+                      process, images, labels)
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -344,13 +358,13 @@ def draw(args, net, process, settings, record, device, name):
             x, out = sample(net, process, (C, H, W), [(settings["seed"], i) for i in index],
                             settings["sampling_steps"], settings["eta"], settings["clip"], label,
                             device, bar.update)
-            images.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+            images.append(to_uint8(x))
             outside.append(out)
             finite.append(x.isfinite().all())
     if not torch.stack(finite).all():
         raise InputError(f"{args.run}: {name} makes samples that are not finite; if it is a "
                          "snapshot, delete it")
-    images = torch.cat(images)[:args.num].permute(0, 2, 3, 1).cpu().numpy()
+    images = torch.cat(images)[:args.num].cpu().numpy()
     return images, labels[:args.num].numpy(), float(torch.cat(outside)[:args.num].mean())
 
 

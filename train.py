@@ -46,8 +46,7 @@ def expand(value, x):
 
 
 def q_sample(process, x0, t, eps):
-    """xt = a(t) x0 + s(t) eps (Ho, eq. 4; Liu, eq. 1, with time reversed). x0, eps (B, C, H, W), t
-    (B,) in [0, 1]."""
+    """xt = a(t) x0 + s(t) eps, t (B,) in [0, 1] (Ho, eq. 4; Liu, eq. 1, with time reversed)."""
     a, s = process.schedule(t)
     return expand(a, x0) * x0 + expand(s, x0) * eps
 
@@ -74,15 +73,12 @@ class Process(NamedTuple):
     T: int = 0
     clip: bool = False
 
-    def snap(self, u):
+    def training_time(self, u):
         """u uniform in [0, 1) to a training time t: k/T with k uniform in 1 .. T, or u itself."""
         return (torch.floor(u * self.T) + 1) / self.T if self.T else u
 
     def coefficients(self, t, x):
-        """a, s, c, d at times t (B,), each (B, 1, 1, 1) to go with images x (B, C, H, W).
-
-        Where all images share one time, a 0-d tensor, they are 0-d, too.
-        """
+        """a, s, c, d at times t (B,), each (B, 1, 1, 1) to go with images x; 0-d where t is 0-d."""
         a, s = self.schedule(t)
         return [expand(v, x) if torch.is_tensor(v) and v.dim() else v
                 for v in (a, s, *self.predicts(a, s))]
@@ -98,7 +94,7 @@ class Process(NamedTuple):
         det = a * d - s * c
         return (d * xt - s * prediction) / det, (a * prediction - c * xt) / det
 
-    def prediction(self, xt, x0, t):
+    def predict_given_x0(self, xt, x0, t):
         """What a network that knows x0 predicts at xt: eps follows from xt = a x0 + s eps."""
         a, s, c, d = self.coefficients(t, xt)
         return c * x0 + d * (xt - a * x0) / s
@@ -253,25 +249,25 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(embed, embed), nn.SiLU(), nn.Linear(embed, embed))
         self.label = nn.Embedding(classes, embed) if classes else None
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
-        d, stack = width, [width]                       # channels now; channels of the kept tensors
+        d, skips = width, [width]                       # channels now; channels of the kept tensors
         self.down = nn.ModuleList()
         for level, mult in enumerate(mults):
             for _ in range(blocks):
                 self.down.append(Layer(d, mult * width, embed, level in attention))
                 d = mult * width
-                stack.append(d)
+                skips.append(d)
             if level < len(mults) - 1:
                 self.down.append(Layer(d, d, embed, resample="down"))
-                stack.append(d)
+                skips.append(d)
         self.middle = nn.ModuleList([Layer(d, d, embed, attention=True), Layer(d, d, embed)])
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
             for _ in range(blocks + 1):
-                self.up.append(Layer(d + stack.pop(), mult * width, embed, level in attention))
+                self.up.append(Layer(d + skips.pop(), mult * width, embed, level in attention))
                 d = mult * width
             if level > 0:
                 self.up.append(Layer(d, d, embed, resample="up"))
-        assert not stack
+        assert not skips
         self.norm = RMSNorm(d)
         self.conv_out = zero_init(nn.Conv2d(d, channels, 3, padding=1))
 
@@ -283,17 +279,17 @@ class UNet(nn.Module):
             embedding = embedding + one_hot.to(embedding.dtype) @ self.label.weight
         embedding = F.silu(embedding)
         h = self.conv_in(xt)
-        stack = [h]
+        skips = [h]
         for layer in self.down:
             h = layer(h, embedding)
-            stack.append(h)
+            skips.append(h)
         for layer in self.middle:
             h = layer(h, embedding)
         for layer in self.up:
             if layer.block.resample is None:
-                h = torch.cat([h, stack.pop()], dim=1)
+                h = torch.cat([h, skips.pop()], dim=1)
             h = layer(h, embedding)
-        assert not stack
+        assert not skips
         return self.conv_out(F.silu(self.norm(h)))
 
 
@@ -323,10 +319,10 @@ def batch_indices(n, batch, seed, step, device="cpu"):
     return order[first - epochs[0] * n:][:batch]
 
 
-def step_noise(process, shape, seed, step, device="cpu"):
+def step_draws(process, shape, seed, step, device="cpu"):
     """The times (B,), the noise of shape (B, C, S, S) and the flips (B,) bool of a step."""
     g = generator(device, "step", seed, step)
-    t = process.snap(torch.rand(shape[0], generator=g, device=device))
+    t = process.training_time(torch.rand(shape[0], generator=g, device=device))
     eps = torch.randn(shape, generator=g, device=device)
     return t, eps, torch.rand(shape[0], generator=g, device=device) < 0.5
 
@@ -383,7 +379,7 @@ def training_loss(model, split, args, step, rank=0, world=1):
     share = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
     shape = (args.batch, images.shape[3], *images.shape[1:3])
     index = batch_indices(len(images), args.batch, args.seed, step, device)[share]
-    t, eps, flips = (v[share] for v in step_noise(process, shape, args.seed, step, device))
+    t, eps, flips = (v[share] for v in step_draws(process, shape, args.seed, step, device))
     torch.manual_seed(seed_of("network", args.seed, step, rank))    # for dropout and the like
     # The images, and how far the network's prediction is from what it should be.
     x0 = to_float(images[index])
@@ -402,10 +398,9 @@ def update(state, loss, step, ema):
     state.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         decay = min(ema, (1 + step) / (10 + step))  # warmed up, else it remembers the first weights
-        torch._foreach_lerp_(list(state.average.parameters()), list(state.net.parameters()),
-                             1 - decay)
-        for kept, trained in zip(state.average.buffers(), state.net.buffers(), strict=True):
-            kept.copy_(trained)
+        torch._foreach_lerp_(state.averages, state.weights, 1 - decay)
+        for average, trained in state.buffers:
+            average.copy_(trained)
 
 
 def save_and_evaluate(state, splits, args, out, rate):
@@ -454,7 +449,7 @@ def evaluate(net, process, images, labels, count, amp="auto"):
     u = (order + 0.5) / count                           # one t in each of `count` slices of [0, 1]
     for block, index in enumerate(torch.arange(count).split(256)):
         chosen = send(index % n, device)
-        x0, t = to_float(images[chosen]), send(process.snap(u[index]), device)
+        x0, t = to_float(images[chosen]), send(process.training_time(u[index]), device)
         eps = send(torch.randn(x0.shape, generator=generator("cpu", "evaluation", block)), device)
         with autocast(device, amp):
             losses.append(diffusion_loss(net, process, x0, t, eps,
@@ -484,7 +479,7 @@ WEIGHTINGS = {"uniform": lambda process, t: 1.0, "sigmoid": sigmoid_weight}
 
 def fingerprint(process):
     """12 hex digits of what a process computes, whatever it is called."""
-    t = process.snap(torch.arange(1, 64, dtype=torch.float64) / 64)
+    t = process.training_time(torch.arange(1, 64, dtype=torch.float64) / 64)
     values = torch.stack([torch.as_tensor(v).expand_as(t) for v in process.coefficients(t, t)])
     values = values.double().mul(1e6).round().long()
     return hashlib.sha256(values.numpy().tobytes() + f"{process.T}".encode()).hexdigest()[:12]
@@ -674,6 +669,11 @@ def to_float(images):
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def to_uint8(x):
+    """float (B, C, S, S), clamped to [-1, 1], to the nearest uint8 images (B, S, S, C)."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def data_on(device, data, classes):
     """{"train", "heldout": (images, labels)} on the device, labels None where classes is 0."""
     tensors = [torch.from_numpy(array).to(device) for array in data]
@@ -824,6 +824,8 @@ class State:
     def __init__(self, net, average, optimizer, scaler, run):
         self.net, self.average, self.optimizer, self.scaler = net, average, optimizer, scaler
         self.run, self.step, self.seconds, self.rows = run, 0, 0.0, []
+        self.weights, self.averages = list(net.parameters()), list(average.parameters())
+        self.buffers = list(zip(average.buffers(), net.buffers(), strict=True))
 
     def load(self, out, steps, rank=0):
         """Take last.pt, if there is one; a run that has ended may have lost it since.
@@ -883,8 +885,7 @@ def describe(args, data, net, classes):
             "parameters": sum(p.numel() for p in net.parameters()),
             "image_shape": list(data.train_images.shape[1:]), "classes": classes,
             "labels": np.unique(data.train_labels).tolist(),
-            "heldout_images": len(data.heldout_images), "subset_sha256": hash_of(*data[:2]),
-            "heldout_sha256": hash_of(*data[2:]),
+            "subset_sha256": hash_of(*data[:2]), "heldout_sha256": hash_of(*data[2:]),
             "process_fingerprint": fingerprint(PROCESSES[args.process]),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__, "cuda": torch.version.cuda},

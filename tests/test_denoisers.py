@@ -95,8 +95,8 @@ def nets(process, images, labels, other, other_labels):
     """The four references, as reference nets."""
     known = process, images, labels
     return {"memorizer": sample.memorizer(*known),
-            "gaussian": measure.per_class(measure.gaussian, *known),
-            "local": measure.per_class(functools.partial(measure.local, patch=3), *known),
+            "gaussian": sample.as_network(measure.gaussian, *known, least=2),
+            "local": sample.as_network(functools.partial(measure.local, patch=3), *known, least=2),
             "population": sample.memorizer(process, other, other_labels)}
 
 
@@ -147,7 +147,7 @@ def test_distances_are_what_they_say(data):
 
     def off(xt, t, wanted):             # its x0 is .3 too bright at t > .5
         x0 = process.x0_eps(xt, exact(xt, t), t)[0] + 0.3 * (t > 0.5)[:, None, None, None]
-        return process.prediction(xt, x0, t)
+        return process.predict_given_x0(xt, x0, t)
     rows = measure.denoiser_study(process, [(x, 0 * k) for x, k in data], 3)(off)
     for r in rows:
         if r["reference"] == "memorizer":
@@ -158,7 +158,7 @@ def test_distances_are_what_they_say(data):
 def test_classes_are_kept_apart_and_tiny_ones_fall_back():
     process, images = train.PROCESSES["flow"], pictures(9)
     labels = torch.tensor([0] * 5 + [1] * 3 + [2])
-    net = measure.per_class(measure.gaussian, process, images, labels)
+    net = sample.as_network(measure.gaussian, process, images, labels, least=2)
     xt, t = torch.randn(3, 3, 4, 4), torch.full((3,), 0.5)
     got = process.x0_eps(xt, net(xt, t, torch.tensor([0, 1, 2])), t)[0]
     for k, own in enumerate((images[:5], images[5:8], images)):

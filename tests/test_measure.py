@@ -947,7 +947,7 @@ def test_floor_of_two_images_by_integration(name):
     got = measure.loss_floor(process, images, None, 50_000)
     v = train.to_float(images)[0].double()
     g = np.random.default_rng(0)
-    t = process.snap(torch.from_numpy((np.arange(5000) + 0.5) / 5000))
+    t = process.training_time(torch.from_numpy((np.arange(5000) + 0.5) / 5000))
     a, s, c, d = (torch.as_tensor(x).double().expand_as(t).numpy()
                   for x in process.coefficients(t, t))
     norm = float(v.square().sum())

@@ -133,7 +133,7 @@ def test_what_clipping_is_for():
 
     def net(xt, t, labels):
         a, s = (train.expand(v, xt) for v in process.schedule(t))
-        return 0.8 * process.prediction(xt, a * 0.09 / (0.09 * a**2 + s**2) * xt, t)
+        return 0.8 * process.predict_given_x0(xt, a * 0.09 / (0.09 * a**2 + s**2) * xt, t)
     (plain, left), (clipped, left_clipped) = (
         sample.sample(net, process, (3, 8, 8), [(0, i) for i in range(16)], 50, clip=clip)
         for clip in (False, True))

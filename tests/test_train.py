@@ -70,14 +70,14 @@ def test_a_prediction_gives_back_x0_and_eps(schedule, predicts):
     process = train.Process(function, train.PREDICTIONS[predicts], T)
     x0, eps = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0),
                           dtype=torch.float64)
-    t = process.snap(torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64))
+    t = process.training_time(torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64))
     xt, prediction = train.q_sample(process, x0, t, eps), process.target(x0, eps, t)
     a, s = (train.expand(v, xt) for v in process.schedule(t))
     torch.testing.assert_close(xt, a * x0 + s * eps)
     got = process.x0_eps(xt, prediction, t)
     torch.testing.assert_close(got[0], x0)
     torch.testing.assert_close(got[1], eps)
-    torch.testing.assert_close(process.prediction(xt, x0, t), prediction)
+    torch.testing.assert_close(process.predict_given_x0(xt, x0, t), prediction)
 
 
 def test_fingerprints_go_by_what_a_process_computes():
@@ -103,7 +103,7 @@ def test_sigmoid_weighting_is_sid2s():
     torch.testing.assert_close(train.sigmoid_weight(x0, t),
                                train.sigmoid_weight(ddpm, t) * ddpm.log_snr(t).exp(), rtol=1e-4,
                                atol=0)
-    every = ddpm.snap(torch.rand(1000))
+    every = ddpm.training_time(torch.rand(1000))
     assert train.sigmoid_weight(ddpm, every).isfinite().all()
     assert train.sigmoid_weight(PROCESSES["flow"], torch.tensor([0.0, 1.0])).isfinite().all()
 
@@ -128,7 +128,7 @@ def test_loss_of_a_known_prediction():
 
 
 def test_ddpm_draws_every_time_equally():
-    t = PROCESSES["ddpm"].snap((torch.arange(5000) + 0.5) / 5000)
+    t = PROCESSES["ddpm"].training_time((torch.arange(5000) + 0.5) / 5000)
     counts = torch.bincount(torch.round(t * 1000).long(), minlength=1001)
     assert counts[0] == 0 and (counts[1:] == 5).all()
 
@@ -266,9 +266,9 @@ def test_every_epoch_visits_every_image_once(n, batch):
                                train.batch_indices(n, batch, 1, 1))
 
 
-def test_step_noise_is_a_function_of_seed_and_step():
+def test_step_draws_is_a_function_of_seed_and_step():
     def draw(seed, step):
-        return train.step_noise(PROCESSES["ddpm"], (4, 3, 8, 8), seed, step)
+        return train.step_draws(PROCESSES["ddpm"], (4, 3, 8, 8), seed, step)
     torch.manual_seed(5)
     first = draw(0, 3)
     torch.randn(7)
