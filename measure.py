@@ -1,9 +1,8 @@
 """Measure every snapshot's samples: how many are copies, and how good they are.
 
-    python measure.py runs/N64_w32_B16_lr1e-3_s0                # whatever is not measured yet
-    python measure.py runs/N2048_w128_B16_lr1e-4_s0 --features inception        # the usual FID
-    # which known denoiser does the network follow, at which step and noise?
-    python measure.py runs/N64_w32_B16_lr1e-3_s0 --denoisers
+    python measure.py runs/first                    # whatever is not measured yet
+    python measure.py runs/first --features FILE    # in another space than pixels or Inception's
+    python measure.py runs/first --denoisers        # which known denoiser is the network, and when?
 
 Writes metrics.csv (a row per snapshot), controls.csv (the same of pictures known to be copies, or
 known not to be), spectrum.csv, duplicates.csv, and neighbours/STEP.npz (nearest training images).
@@ -153,12 +152,9 @@ def two_nearest(queries, references, groups=None, exclude=None):
     inf and -1 where there is no second group. Exact: a matrix product in float32 picks candidates;
     their distances are computed anew from differences in float64; where the product's rounding
     could have hidden a nearer one, more candidates are taken, in the end all.
-    Memory beyond the inputs: the queries once more, and about 300 MB.
-    Raises InputError on a number that is not finite.
+    All numbers must be finite. Memory beyond the inputs: the queries once more, and about 300 MB.
     """
     q, r = queries.flatten(1), references.flatten(1)
-    if not all(torch.stack(torch.aminmax(x)).isfinite().all() for x in (q, r)):
-        raise InputError("two_nearest: the images hold numbers that are not finite")
     groups = torch.arange(len(r), device=r.device) if groups is None else groups
     distances = torch.full((len(q), 2), math.inf, dtype=torch.float64, device=q.device)
     indices = torch.full((len(q), 2), -1, dtype=torch.int64, device=q.device)
@@ -517,7 +513,7 @@ def power_spectrum(images):
 @torch.inference_mode()
 def loss_floor(process, images, labels, count):
     """The perfect memorizer's loss on its own images, by level, as train.evaluate gives it: a list.
-    No network has less. images uint8 (n, S, S, C), labels (n,) or None."""
+    No network has less, but for chance. images uint8 (n, S, S, C), labels (n,) or None."""
     net = sample.memorizer(process, to_float(images).contiguous(), labels)
     return train.evaluate(net, process, images, labels, count, amp="off")[1].tolist()
 
@@ -597,6 +593,21 @@ def measure(args, record, device):
         print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
 
 
+def still_true(row, digest, code, spaces):
+    """What still holds of a row of metrics.csv: nothing, {}, where the samples (their digest) or
+    the code of a metric are others today; nothing in a space whose network's weights are others.
+    """
+    measured_by = dict(word.split(":") for word in row.get("code", "").split())
+    if row.get("samples_digest") != digest or not measured_by or any(
+            code.get(metric, old) != old for metric, old in measured_by.items()):
+        return {}
+    for space in spaces:
+        if row.get(f"weights_{space.name}") != space.digest:
+            own = re.compile(rf"(.*_)?{re.escape(space.name)}(_.*)?")
+            row = {column: cell for column, cell in row.items() if not own.fullmatch(column)}
+    return row
+
+
 def measure_samples(args, batch, drawn, subset, table, columns, common):
     """metrics.csv and neighbours/[SET/]STEP.npz of the samples that lack any of the columns.
 
@@ -608,16 +619,7 @@ def measure_samples(args, batch, drawn, subset, table, columns, common):
     common |= {"code": " ".join(f"{name}:{digest}" for name, digest in code.items())}
     for (name, step), samples in drawn.items():
         digest = hashlib.sha256(samples.images.tobytes()).hexdigest()[:8]
-        row = table.pop((name, step), {})
-        measured_by = dict(word.split(":") for word in row.get("code", "").split())
-        if row.get("samples_digest") != digest or not measured_by or any(
-                code.get(name, old) != old for name, old in measured_by.items()):
-            row = {}                            # other samples, or a metric has changed since
-        for space in spaces:                    # features of other weights are other columns
-            if row.get(f"weights_{space.name}") != space.digest:
-                own = re.compile(rf"(.*_)?{re.escape(space.name)}(_.*)?")
-                row = {k: value for k, value in row.items() if not own.fullmatch(k)}
-        if row:
+        if row := still_true(table.pop((name, step), {}), digest, code, spaces):
             table[name, step] = row | common
         lacking = [m for m, names in columns.items() if not all(row.get(k) for k in names)]
         path = run / "neighbours" / name / f"{step:07d}.npz"
@@ -732,10 +734,6 @@ def denoiser_study(process, data, patch):
     """
     (images, labels), (heldout, heldout_labels) = data
     images, heldout = to_float(images).contiguous(), to_float(heldout).contiguous()
-    has_class = torch.isin(heldout_labels, labels)      # one that the model was trained on
-    heldout, heldout_labels = heldout[has_class], heldout_labels[has_class]
-    if len(heldout) < 2:
-        raise InputError("--denoisers: too few held-out images of the classes trained on")
     m = min(INPUTS, len(heldout) // 2)
     trained = process, images, labels
     references = {"memorizer": sample.memorizer(*trained),

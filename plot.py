@@ -36,6 +36,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import zipfile
 import zlib
 from pathlib import Path
@@ -52,10 +53,10 @@ FREE = {"out", "steps", "images", "device", "compile", "save_minutes"}
 Factor = collections.namedtuple("Factor", "label short formula normalised")
 # What is known of a factor: T = step * normalised(value, lowest value) is the study's normalised
 # time. Any other option can be swept as well; see factor_of.
-FACTORS = {"n": Factor("training images N", "N", "step x N_min / N", lambda v, low: low / v),
+FACTORS = {"n": Factor("training images N", "N", "step x (smallest N) / N", lambda v, low: low / v),
            "width": Factor("base width", "width", None, None),
-           "batch": Factor("batch size B", "B", "step x B / B_min", lambda v, low: v / low),
-           "lr": Factor("learning rate", "lr", "step x lr / lr_min", lambda v, low: v / low)}
+           "batch": Factor("batch size B", "B", "step x B / (smallest B)", lambda v, low: v / low),
+           "lr": Factor("learning rate", "lr", "step x lr / (smallest lr)", lambda v, low: v / low)}
 # The definitions of tau_mem.
 TAUS = {"heldout_min": "held-out loss lowest", "heldout_25": "held-out loss 25 % up",
         "copy_01": "copy ratio .01", "copy_10": "copy ratio .1", "copy_50": "copy ratio .5",
@@ -1124,6 +1125,7 @@ PANELS = {
     "precision": ("precision", "share", "precision_SPACE_train precision_SPACE_heldout"),
     "recall": ("recall", "share", "recall_SPACE_train recall_SPACE_heldout"),
     "sw_replaced": ("sliced Wasserstein, replaced", "log", "sw_SPACE_heldout sw_SPACE_replaced"),
+    "kid_replaced": ("KID, replaced", "linear", "kid_SPACE_heldout kid_SPACE_replaced"),
     "fid_replaced": ("FID, replaced", "log", "fid_SPACE_heldout fid_SPACE_replaced"),
     "quarter": ("copies, d1/d2 < 1/4", "share", "copy_ratio_quarter null_copy_ratio_quarter"),
     "half": ("copies, d1/d2 < 1/2", "share", "copy_ratio_half null_copy_ratio_half"),
@@ -1261,8 +1263,8 @@ def heat(axis, cells, columns, rows, colors, **more):
     return image
 
 
-def save_figure(figure, path, title):
-    """Write a figure, whole or not at all, with its title and one legend above; close it."""
+def save_figure(figure, path, title, loc="upper center"):
+    """Write a figure, whole or not at all, with its title and one legend outside; close it."""
     handles = {}
     for axis in figure.axes:
         for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -1271,8 +1273,8 @@ def save_figure(figure, path, title):
     widths, room = [len(text) + 9 for text in handles], 12.5 * figure.get_figwidth()
     fits = [n for n in range(2, len(widths) + 1)
             if sum(max(part) for part in np.array_split(widths, n)) < room]
-    figure.legend(handles.values(), handles, loc="outside upper center", title=title,
-                  title_fontsize="large", ncols=max(fits, default=1))
+    figure.legend(handles.values(), handles, loc=f"outside {loc}", title=title, labelspacing=0.7,
+                  title_fontsize="large", ncols=max(fits, default=1) if "upper" in loc else 1)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
@@ -1312,7 +1314,7 @@ def plot_levels(run, path):
 
 def plot_hump(run, path):
     """The study's panels; below, what the samples are: sharp or averages; and their spectrum."""
-    figure, axes = panels(run, [[*FOUR, "power"], ["sharpness", "contrast", "sw_replaced",
+    figure, axes = panels(run, [[*FOUR, "power"], ["kid_replaced", "sharpness", "contrast",
                                                    "mixture", "power"]], (16, 6.4))
     spectrum = axes.pop("power")
     powers = {row.get("name") or number(row["step"]):
@@ -1326,14 +1328,14 @@ def plot_hump(run, path):
     steps = sorted(step for step in places if not math.isnan(step))
     curves = [(step, "o-", color, f"{places[step]}: step {step:,.0f}")
               for step, color in zip(steps, palette(len(steps)), strict=True) if step in powers]
-    for key, line, color, label in [*curves, ("heldout", "--", GREEN, "held-out images")]:
+    for key, line, color, label in [*curves, ("heldout", "-", *CONTROLS["heldout"])]:
         ratio = powers[key] / powers["training"]
         spectrum.plot(np.arange(1, len(ratio)), ratio[1:], line, color=color, label=label)
     for axis, (step, _, color, _) in itertools.product(axes.values(), curves):
         axis.plot(step, 0, "^", color=color, clip_on=False, zorder=9,
                   transform=axis.get_xaxis_transform())
     spectrum.axhline(1, color=RED, linewidth=1.1)
-    spectrum.set(title="power over training images'", xlabel="cycles per image")
+    spectrum.set(title="power / training images' power", xlabel="cycles per image")
     save_figure(figure, path, f"{words(run.name)}; features: {run.space}")
 
 
@@ -1577,12 +1579,12 @@ def plot_onset(factor, groups, path, runs):
 
     An arrow: the onset lies beyond. runs: all runs, for the scatter of the slope's interval.
     """
-    numeric = all(map(has_log, groups))
+    numeric, note = all(map(has_log, groups)), "bars: 95 % intervals; definitions side by side"
     names = [name for name in TAUS if "level" not in name and any(
         math.isfinite(onsets(run)[name]) for group in groups.values() for run in group)]
-    figure, axis = plt.subplots(figsize=(9, 5.4))
+    figure, axis = plt.subplots(figsize=(10.5, 4.8))
     for k, (name, color) in enumerate(zip(names, palette(len(names)), strict=True)):
-        style = {"color": color, "marker": "osDPX*"[k % 6], "linewidth": 1}
+        style = {"color": color, "marker": "osDPX*"[k % 6], "linestyle": ""}
         for at, (value, group) in enumerate(groups.items()):
             x = value * 1.02**k if numeric else at + 0.04 * k       # side by side
             for point in filter(None, map(onset(name), group)):
@@ -1591,20 +1593,21 @@ def plot_onset(factor, groups, path, runs):
                                                         [step * spread - step]]
                 axis.errorbar(x, step, error, **style, lolims=point.bound > 0,
                               uplims=point.bound < 0)
-        slope, law = exponent(groups, runs, onset(name)), ""
+                note += "; arrow: beyond that" * bool(point.bound and "arrow" not in note)
+        slope, text = exponent(groups, runs, onset(name)), textwrap.fill(TAUS[name], 28)
         if math.isfinite(slope.value):
-            law = f": slope {interval_text(slope)}"
+            text, style["linestyle"] = f"{text}\nslope {interval_text(slope)}", "-"
             ends = np.array([min(groups), max(groups)])
             axis.plot(ends * 1.02**k, math.exp(slope.intercept) * ends**slope.value, color=color,
                       linewidth=1)
-        axis.plot([], [], label=TAUS[name] + law, **style)
+        axis.plot([], [], label=text, linewidth=1, **style)
     label = factor_of(factor).label
-    dress(axis, "arrow: earlier or later than that", "log", label)
+    dress(axis, note, "log", label)
     axis.set(ylabel="onset of memorization, training step", xscale="log" if numeric else "linear")
     axis.set_xticks([*groups] if numeric else range(len(groups)),
                     [label_of(factor, value).split(" = ")[1] for value in groups])
     axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    save_figure(figure, path, f"{label}: onset")
+    save_figure(figure, path, "onset by its definition", "right")
 
 
 def plot_switch(runs, path):
@@ -1630,8 +1633,9 @@ def plot_switch(runs, path):
                 points |= {t: run.by_step(column).get(step) for t, step in enumerate(pair)}
             times = sorted(t for t, value in points.items() if value is not None)
             axis.plot(times, [points[t] for t in times], "o-", color=color,
-                      label="step {:,.0f}, from t on step {:,.0f}".format(*pair))
-        axis.set(title=title + " to held-out" * (name in ("sw", "kid")), xlabel="t")
+                      label="first step {:,.0f}, then step {:,.0f}".format(*pair))
+        axis.set(title=title + " to held-out" * (name in ("sw", "kid")),
+                 xlabel="t where the second takes over")
     save_figure(figure, path, f"{words((alone or runs)[0].name)}: two snapshots in turn")
 
 

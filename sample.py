@@ -1,15 +1,14 @@
 """Draw images from the snapshots of a run, from the same noise at every snapshot.
 
-    python sample.py runs/N64_w32_B16_lr1e-3_s0         # every snapshot that has no samples yet
-    python sample.py runs/N2048_w128_B16_lr1e-4_s0 --steps-only 1024 65536 --num 10000
-    python sample.py runs/N64_w32_B16_lr1e-3_s0 --eta 1 # other settings, side by side
-    # the perfect memorizer, a positive control
-    python sample.py runs/N64_w32_B16_lr1e-3_s0 --exact --num 512
+    python sample.py runs/first                     # every snapshot that has no samples yet
+    python sample.py runs/first --steps-only 64 1024 --num 10000
+    python sample.py runs/first --eta 1             # other settings, side by side
+    python sample.py runs/first --exact --num 512   # the perfect memorizer, a positive control
 
 Writes samples/STEP.npz (images uint8 NHWC, labels int64, -1 where the model is unconditional) and
 samples/STEP.png; with other settings than the defaults, in a folder named by them, say
-samples/eta1/. Image i is a function of the weights, the settings and i alone: not of --num, nor of
---batch-size beyond rounding.
+samples/eta1/. Image i is a function of the weights, the settings and i alone: not of --num, nor,
+beyond rounding (that of bfloat16, where --amp is on), of --batch-size and the machine.
 
 Equation numbers: "Song" is arXiv 2010.02502 (DDIM), "Ho" is arXiv 2006.11239 (DDPM), "Liu" is arXiv
 2209.03003.
@@ -35,6 +34,7 @@ from train import (
     build_net,
     command_line,
     compiled,
+    compiles,
     generator,
     identity,
     load_checkpoint,
@@ -93,7 +93,7 @@ def ddim_step(process, xt, prediction, t, t_next, eta=0.0, z=None, clip=False):
 def sample(net, process, shape, seeds, steps, eta=0.0, clip=False, labels=None, device="cpu",
            progress=None):
     """Images float32 (B, C, H, W), one for each of `seeds`, in [-1, 1] if clipped; and (B,), the
-    share of each one's values that had left the range (beyond 1.05) before any clamping.
+    share of each one's values that had left the range (beyond 1.05) before the last clamping.
 
     net(xt, t, labels) -> prediction; shape (C, H, W); labels int64 (B,) on the device, or None;
     seeds: a (seed, image index) pair per image, of which all its noise is a function (drawn on the
@@ -239,17 +239,16 @@ def read_samples(path, run=None):
     return found
 
 
-def is_done(path, settings, num, run=None):
+def is_done(path, settings, num, run, defaults):
     """Whether a samples file holds at least `num` images made with these settings.
 
-    Raises InputError on other settings, or another run's samples.
+    defaults: of settings that the file, being older, lacks. Raises InputError on other settings, or
+    another run's samples.
     """
     if not path.exists():
         return False
     found = read_samples(path, run)
-    # An option that is younger than the file had its default.
-    made = {k: v for k, v in vars(make_parser().parse_args([""])).items() if k in settings}
-    made |= found.settings
+    made = defaults | found.settings
     if made != settings:
         different = ", ".join(f"{k} {made[k]}" for k in made if made[k] != settings.get(k))
         raise InputError(f"{path}: was made with {different}; delete it")
@@ -351,8 +350,8 @@ def draw(args, net, process, settings, record, device, name):
               unit_scale=True, disable=None, leave=False) as bar:
         for first in range(0, args.num, batch):
             # What is compiled for one shape serves the last batch, too, if that is full.
-            full = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
-            index = range(first, first + batch if full else min(first + batch, args.num))
+            full = first + batch <= args.num or compiles(device, args.compile)
+            index = range(first, first + batch if full else args.num)
             label = (send(labels[index.start:index.stop], device) if record["classes"]
                      else None)
             x, out = sample(net, process, (C, H, W), [(settings["seed"], i) for i in index],
@@ -404,7 +403,7 @@ def main(argv=None):
     record, device = read_run(args.run), pick_device(args.device)
     process = PROCESSES[record["options"]["process"]]
     settings = settings_of(args, process)
-    sampling_times(process, settings["sampling_steps"])
+    sampling_times(process, settings["sampling_steps"])     # may raise, before any work
     steps = snapshots(args.run)
     wanted = [("--steps-only", step) for step in args.steps_only or ()]
     wanted += [("--switch", int(args.switch.split("@")[0]))] if args.switch else []
@@ -417,7 +416,8 @@ def main(argv=None):
     paths = {name: samples_path(args.run, place, name)
              for name in (["exact"] if args.exact else args.steps_only or steps)}
     with locked(args.run, "sample", "samples/*", "samples/*/*"):
-        todo = {n: p for n, p in paths.items() if not is_done(p, settings, args.num, run)}
+        todo = {name: path for name, path in paths.items()
+                if not is_done(path, settings, args.num, run, default_settings(process))}
         print(f"{args.run}: {len(todo)} of {len(paths)} "
               f"{'controls' if args.exact else 'snapshots'} to sample, {args.num} images each, "
               f"on {device}", flush=True)

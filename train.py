@@ -1,7 +1,7 @@
 """Train one diffusion model on the first n images of a data set, until it copies them.
 
     python train.py --data digits --n 64 --process flow --conditional --width 32 --mults 1 2 \
-                    --blocks 1 --embed 128 --lr 1e-3 --steps 1500       # real digits, a CPU, 1 min
+                    --blocks 1 --embed 128 --lr 1e-3 --steps 1500 --out runs/first  # a CPU, 1 min
     python train.py --data cifar10 --n 2048 --width 32 --batch 64 --steps 20000     # any GPU
     python train.py --data cifar10 --n 2048 --process flow --conditional --weighting sigmoid
 
@@ -293,7 +293,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm(h)))
 
 
-# --- What is random: a function of (seed, step), so that there is no random state to save ---------
+# --- What is random: a function of (seed, step) on one kind of device: no random state to save ----
 
 
 def seed_of(*key):
@@ -340,7 +340,7 @@ def train(args, record, out, data, net, device, rank=0, world=1):
     if state.step == args.steps:
         return say(rank, f"{out}: finished at step {state.step}; nothing to do")
     splits = data_on(device, data, record["classes"])       # {"train", "heldout": (images, labels)}
-    model = wrap(net, args, device, world)                  # compiled, in step with other processes
+    model = wrap(state.net, args, device, world)            # compiled, in step with other processes
     evaluations = evaluation_steps(args.steps, args.evals_per_doubling, args.first_eval)
     meter, bar = Meter(device), tqdm(total=args.steps * args.batch, unit="img", unit_scale=True,
                                      initial=state.step * args.batch, disable=rank > 0 or None)
@@ -382,7 +382,7 @@ def training_loss(model, split, args, step, rank=0, world=1):
     t, eps, flips = (v[share] for v in step_draws(process, shape, args.seed, step, device))
     torch.manual_seed(seed_of("network", args.seed, step, rank))    # for dropout and the like
     # The images, and how far the network's prediction is from what it should be.
-    x0 = to_float(images[index])
+    x0 = to_float(images[index])                                    # (B, C, S, S) in [-1, 1]
     if args.flip:
         x0 = torch.where(expand(flips, x0), x0.flip(3), x0)
     with autocast(device, args.amp):
@@ -420,19 +420,7 @@ def save_and_evaluate(state, splits, args, out, rate):
 # ==================================================================================================
 
 
-def set_up(args, record, out, net, device, rank=0):
-    """The State to start from: network, its moving average, optimizer, and how far they are."""
-    if device.type == "cuda":
-        setup_cuda()
-    net.to(device, memory_format=torch.channels_last).train()
-    average = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
-    state = State(net, average, optimizer, scaler, identity(record))
-    state.load(out, args.steps, rank)
-    if rank == 0:
-        state.announce(out, record)
-    return state
+# --- Evaluation, weightings of the loss -----------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -441,8 +429,8 @@ def evaluate(net, process, images, labels, count, amp="auto"):
 
     images uint8 (n, S, S, C), labels (n,) or None, on the net's device. Returns the mean, a number,
     and (LEVELS,), the means in equal slices of t. Image i of every split, at every evaluation of
-    every run, on every device, meets the same t and noise: differences come from the images and the
-    weights alone.
+    every run with as many, on every device, meets the same t and noise: differences come from the
+    images and the weights alone.
     """
     device, n, losses = images.device, len(images), []
     order = torch.randperm(count, generator=generator("cpu", "evaluation", count))
@@ -466,7 +454,7 @@ def sigmoid_weight(process, t, bias=2.0):
     -dlambda/dt sigmoid(bias - lambda), lambda the log-SNR, weighs the error of eps; it is turned
     into a weight of the error of what the network predicts.
     """
-    t = t.double().clamp(1e-4, 1 - 1e-4)
+    t = t.double() if process.T else t.double().clamp(1e-4, 1 - 1e-4)
     h = 1 / process.T if process.T else 1e-3 * t * (1 - t)
     before, after = (t - h).clamp(min=1 / process.T if process.T else 0), (t + h).clamp(max=1)
     slope = (process.log_snr(after) - process.log_snr(before)) / (after - before)
@@ -640,6 +628,17 @@ def load_data(name, n, size=None, offset=0):
     return Data(*(array.astype(np.uint8 if array.ndim == 4 else np.int64) for array in arrays))
 
 
+def of_known_classes(data):
+    """The Data less the held-out images of classes that no training image has: a class-conditional
+    model has never been told of them. Raises InputError where fewer than two are left.
+    """
+    known = np.isin(data.heldout_labels, data.train_labels)
+    if known.sum() < 2:
+        raise InputError("--conditional: no two held-out images of the classes trained on")
+    return data._replace(heldout_images=data.heldout_images[known],
+                         heldout_labels=data.heldout_labels[known])
+
+
 def load_subset(run, record, data=None):
     """The Data that a run was trained on, checked by its hash; `data`: another place of it.
 
@@ -647,6 +646,7 @@ def load_subset(run, record, data=None):
     """
     options = record["options"]
     loaded = load_data(data or options["data"], options["n"], options["size"], options["offset"])
+    loaded = of_known_classes(loaded) if options["conditional"] else loaded
     for images, key, words in ((loaded[:2], "subset_sha256", "was trained on"),
                                (loaded[2:], "heldout_sha256", "held out")):
         if record.get(key) not in (None, hash_of(*images)):
@@ -812,6 +812,21 @@ def check_unet(width, mults, blocks, attention, embed, size):
 
 
 # --- The run folder -------------------------------------------------------------------------------
+
+
+def set_up(args, record, out, net, device, rank=0):
+    """The State to start from: network, its moving average, optimizer, and how far they are."""
+    if device.type == "cuda":
+        setup_cuda()
+    net.to(device, memory_format=torch.channels_last).train()
+    average = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
+    state = State(net, average, optimizer, scaler, identity(record))
+    state.load(out, args.steps, rank)
+    if rank == 0:
+        state.announce(out, record)
+    return state
 
 
 class State:
@@ -1132,11 +1147,15 @@ def autocast(device, amp="auto"):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
+def compiles(device, choice):
+    """Whether networks are compiled on the device; choice: of --compile."""
+    return choice == "on" or choice == "auto" and device.type == "cuda"
+
+
 def compiled(net, device, choice, **more):
     """The net, through torch.compile where --compile and the device say so; `more` goes there."""
-    if choice == "off" or (choice == "auto" and device.type == "cpu"):
-        return net
-    return torch.compile(net, fullgraph=True, dynamic=False, **more)
+    return (torch.compile(net, fullgraph=True, dynamic=False, **more) if compiles(device, choice)
+            else net)
 
 
 def wrap(net, args, device, world):
@@ -1372,8 +1391,9 @@ def main(argv=None):
     Raises SystemExit: 2 on bad input, 1 when the loss is not finite or a file cannot be written.
     """
     args = parse(argv)
-    with torch.device("meta"):      # names impossible options before anything is read or fetched
-        build_net(vars(args), (args.size or 32, args.size or 32, 3), 10 * args.conditional)
+    if size := args.size or {"cifar10": 32, "digits": 8, "toy": 16}.get(args.data):
+        with torch.device("meta"):  # names impossible options before anything is read or fetched
+            build_net(vars(args), (size, size, 3), 10 * args.conditional)
     device, rank, world = join_processes(pick_device(args.device))
     if args.batch % world:
         raise InputError(f"--batch {args.batch}: {world} processes cannot share it evenly")
@@ -1389,13 +1409,13 @@ def main(argv=None):
         wait()
     labels = (data.train_labels.max(), data.heldout_labels.max())
     classes = int(max(labels)) + 1 if args.conditional else 0
+    data = of_known_classes(data) if args.conditional else data
     net = build_net(vars(args), data.train_images.shape[1:], classes)
     out = Path(args.out or f"runs/{run_name(args)}")
     record = describe(args, data, net, classes)
-    old = read_run(out) if (out / "args.json").exists() else {"identity": ""}
-    record["defaults"] |= old.get("defaults", {})   # identity goes by those of when it was made
-    if "identity" in old:                           # older versions did not write it
-        record["identity"] = identity(record)
+    if (out / "args.json").exists():                # identity goes by the defaults of back then
+        record["defaults"] |= read_run(out).get("defaults", {})
+    record["identity"] = identity(record)
     with contextlib.nullcontext() if rank else claimed(out, record):
         wait()                                      # until the first process has the folder
         train(args, record, out, data, net, device, rank, world)

@@ -184,13 +184,13 @@ def with_hump(run):
 
 def test_the_spectrum_is_relative_to_the_training_images(run, drawn):
     plot.plot_hump(run, None)
-    lines = labels(titled(drawn[0][0], "power over training images'"))
+    lines = labels(titled(drawn[0][0], "power / training images' power"))
     power = {text.split(":")[0]: line.get_ydata() for text, line in lines.items()}
     assert (power["held-out images"] == 0.75).all()
     assert set(power) >= {"best", "end"} and "hump" not in power     # SW falls, then only rises
     assert (power["best"] == 0.5).all()
     plot.plot_hump(with_hump(run), None)
-    marked = labels(titled(drawn[1][0], "power over training images'"))
+    marked = labels(titled(drawn[1][0], "power / training images' power"))
     assert {"hump: step 512", "least sharp: step 1,024"} <= {*marked}
 
 
@@ -246,7 +246,7 @@ def test_sweeps_are_also_drawn_in_normalised_time_and_over_the_study(tmp_path, d
     plot.plot_sweep(factor, groups, None, plot.sweeps(plot.study_runs())["n"])
     figure, title = drawn[0]
     assert title == "training images N"
-    below = [axis for axis in figure.axes if axis.get_xlabel() == "T = step x N_min / N"]
+    below = [axis for axis in figure.axes if axis.get_xlabel() == "T = step x (smallest N) / N"]
     assert len(below) == 4
     halved = labels(below[0])["N = 32"].get_xdata()
     assert halved == pytest.approx(STEPS / 2)

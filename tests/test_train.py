@@ -103,9 +103,37 @@ def test_sigmoid_weighting_is_sid2s():
     torch.testing.assert_close(train.sigmoid_weight(x0, t),
                                train.sigmoid_weight(ddpm, t) * ddpm.log_snr(t).exp(), rtol=1e-4,
                                atol=0)
-    every = ddpm.training_time(torch.rand(1000))
-    assert train.sigmoid_weight(ddpm, every).isfinite().all()
+    # DDPM's times are discrete: -dlambda/dt is a difference of neighbours, at the last of two
+    every = torch.arange(1, 1001) / 1000
+    log_snr = ddpm.log_snr(every.double())
+    slope = torch.gradient(log_snr, spacing=1e-3)[0]
+    torch.testing.assert_close(train.sigmoid_weight(ddpm, every),
+                               (-slope * torch.sigmoid(2 - log_snr)).float(), rtol=1e-3, atol=0)
     assert train.sigmoid_weight(PROCESSES["flow"], torch.tensor([0.0, 1.0])).isfinite().all()
+
+
+def test_a_conditional_model_is_held_to_the_classes_that_it_has_seen(tmp_path, capsys):
+    few = ["--data", "digits", "--n", "16", "--width", "8", "--mults", "1", "--blocks", "1",
+           "--embed", "16", "--batch", "4", "--eval-images", "20", "--steps", "2"]
+    train.main([*few, "--out", str(tmp_path / "all")])
+    train.main([*few, "--conditional", "--out", str(tmp_path / "known")])
+    everything, known = (train.load_subset(run, train.read_run(run)) for run in (
+        tmp_path / "all", tmp_path / "known"))
+    seen = set(known.train_labels.tolist())
+    assert seen == {1, 2, 5, 6, 7, 8, 9} and len(everything.heldout_images) == 517
+    assert set(known.heldout_labels.tolist()) == seen
+    keep = np.isin(everything.heldout_labels, list(seen))
+    assert np.array_equal(known.heldout_images, everything.heldout_images[keep])
+    # none of the held-out images has a class that the model was trained on
+    arrays = {f"{split}_{what}": value for split, label in (("train", 0), ("test", 1)) for
+              what, value in (("images", np.random.default_rng(label).integers(
+                  0, 255, (4, 8, 8, 1), np.uint8)), ("labels", np.full(4, label)))}
+    np.savez(tmp_path / "apart.npz", **arrays)
+    few[1], few[3] = str(tmp_path / "apart.npz"), "4"
+    train.main([*few, "--out", str(tmp_path / "fine")])
+    with pytest.raises(SystemExit):
+        train.main([*few, "--conditional", "--out", str(tmp_path / "none")])
+    assert "--conditional: no two held-out images" in capsys.readouterr().err
 
 
 def test_weighting_is_only_the_trained_loss(tmp_path):
