@@ -158,8 +158,8 @@ class Run:
     """One run with one set of samples: its options, its curves, and what follows from them.
 
     Beside what it is made of: seed; last_step, in either table, nan without any; controls
-    {name: {column: float}}; space, the features that distances are taken in, None without any;
-    stem, the name as file names can hold it.
+    {name: {column: float}}; spaces, the features in which distances were measured, and space, those
+    in which they are looked at (see settle); stem, the name as file names can hold it.
     """
 
     name: str
@@ -181,9 +181,9 @@ class Run:
         self.controls = {row.get("name", ""): {column: number(cell) for column, cell in row.items()
                                                if column not in ("run", "name")}
                          for row in self.tables.pop("controls", ())}
-        spaces = [column[len("sw_"):-len("_train")] for column in self.metrics
-                  if re.fullmatch("sw_(?!error_).*_train", column)]
-        self.space = min(spaces, key=lambda s: (s != "inception", s == "pixels", s), default=None)
+        self.spaces = [column[len("sw_"):-len("_train")] for column in self.metrics
+                       if re.fullmatch("sw_(?!error_).*_train", column)]
+        self.space = space_of([self])
         plain = re.sub(r"[^\w.-]", "_", self.name)
         digest = hashlib.sha256(self.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
         self.stem = self.name if self.name == plain[:120] else f"{plain[:110]}-{digest}"
@@ -208,6 +208,12 @@ class Run:
         """What makes this run another run, as a tuple of pairs; seed and free options do not."""
         return tuple((k, v) for k, v in sorted(self.options.items())
                      if k not in self.free and k not in ("seed", *without))
+
+
+def space_of(runs):
+    """The feature space that most runs have; of several Inception's first, pixels last, or None."""
+    count = collections.Counter(space for run in runs for space in run.spaces)
+    return min(count, key=lambda s: (-count[s], s != "inception", s == "pixels", s), default=None)
 
 
 def read_beside(folder):
@@ -273,9 +279,9 @@ def study_runs():
     for run in read_runs_csv(STUDY):
         del run.options["factor"]
         setting = tuple(run.options.values())
-        options = run.options | {"seed": repeats[setting]}
-        runs.append(Run(f"study_{run.name}", options, run.log, run.metrics))
+        run.seed = run.options["seed"] = repeats[setting]
         repeats[setting] += 1
+        runs.append(run)
     return runs
 
 
@@ -284,8 +290,14 @@ def settle(runs, ignore=()):
 
     ignore: options that do not make another run here. A sampling setting counts only where
     differently named sets of samples differ in it: the clipping that a process brings along does
-    not.
+    not. A run without samples counts to the set that most have, and all are looked at in one space.
     """
+    sets = collections.Counter(run.set for run in runs if run.metrics)
+    for run in runs:
+        run.set = run.set if run.metrics else max(sets, key=sets.get, default="")
+    space = space_of(runs)
+    for run in runs:
+        run.space = space if space in run.spaces else None
     free = set(ignore).union(*(run.free for run in runs))
     defaults = {k: v for run in reversed(runs) for k, v in run.defaults.items()}
     names = {k for run in runs for k in run.options} - free
@@ -338,9 +350,10 @@ def find_runs(*roots, damaged=None, ignore=()):
 
     Of several roots: the union of their runs, in one place, the figures/ of the first root (a root
     of tables: the root itself). A run that an earlier root has, too, with its name and its set of
-    samples, is left out. Runs that no chain of changes of one option connects are put into folders
-    of their own, named by what differs. ignore: see settle. damaged: a list that takes the message
-    of each run that is not readable; PlotError where no run is.
+    samples, is left out; PlotError where the two differ in an option. Runs that no chain of changes
+    of one option connects are put into folders of their own, named by what differs. ignore: see
+    settle. damaged: a list that takes the message of each run that is not readable; PlotError where
+    no run is.
     """
     roots, damaged = [Path(root) for root in roots], [] if damaged is None else damaged
     found = [read_root(root, damaged) for root in roots]
@@ -348,13 +361,15 @@ def find_runs(*roots, damaged=None, ignore=()):
         raise PlotError("; ".join(damaged))
     groups = found[0]
     if len(roots) > 1:
-        union = []
-        for runs in found:
-            earlier = {(run.name, run.set) for run in union}
-            union += [run for run in itertools.chain(*runs.values())
-                      if (run.name, run.set) not in earlier]
+        union = {}
+        for run in [run for runs in found for run in itertools.chain(*runs.values())]:
+            first = union.setdefault((run.name, run.set), run)
+            for option in run.options.keys() & first.options.keys() - run.free - {"data", *ignore}:
+                if run.options[option] != first.options[option]:
+                    raise PlotError(f"{run.name}: two of these folders have a run of this name, "
+                                    f"with another {option}")
         place = roots[0] / ("figures" if run_folders(roots[0]) else "")
-        groups = {place: sorted(union, key=lambda run: run.name)}
+        groups = {place: sorted(union.values(), key=lambda run: run.name)}
     everything = [*itertools.chain(*groups.values())]
     for name in ignore:
         if not any(name in run.options for run in everything):
@@ -400,29 +415,32 @@ class Slice(dict):
 
     fixed, others = {}, 0
 
+    def where(self):
+        """What is fixed, and of how many slices this is the widest, in words."""
+        text = "; fixed: " * bool(self.fixed)
+        text += ", ".join(label_of(*pair) for pair in self.fixed.items())
+        return text + f"; the widest of {self.others + 1} such sweeps" * bool(self.others)
+
 
 def slices_of(runs, factor):
     """Every set of runs where this option alone varies: [{its value: [Run, one per seed]}]."""
     slices = []
     for alike in grouped(runs, lambda run: run.key(factor)).values():
-        values = grouped(alike, lambda run: run.options[factor])
-        for value, group in values.items():                 # of one seed, the longest run
-            seeds = grouped(group, lambda run: run.seed).values()
-            values[value] = [max(same, key=lambda run: run.last_step) for same in seeds]
-        slices.append(values)
+        slices.append(grouped(alike, lambda run: run.options[factor]))
     return [values for values in slices if len(values) > 1]
 
 
 def sweeps(runs):
     """{factor: Slice}: for every option that varies, the widest set of runs where it alone does.
 
-    sample.py's --switch, which concerns single snapshots, has a figure of its own instead.
+    Among the usual runs, but for sampling settings. sample.py's --switch, which concerns single
+    snapshots, has a figure of its own instead.
     """
     varying = [k for k, v in runs[0].key() if k != "setting_switch"
                and any(run.options[k] != v for run in runs)]
     found = {}
     for factor in sorted(varying, key=lambda k: [*FACTORS, k].index(k)):
-        if slices := slices_of(runs, factor):
+        if slices := slices_of(runs if factor.startswith("setting_") else usual(runs), factor):
             widest = max(slices, key=lambda values: (len(values), sum(map(len, values.values()))))
             order = sorted(widest, key=lambda v: (isinstance(v, str), v or 0))  # numbers first
             found[factor] = Slice({value: widest[value] for value in order})
@@ -448,8 +466,11 @@ def label_of(factor, value):
 
 
 def crossing(steps, values, level):
-    """The first step at which `values` reach `level`, linear in log step; inf where they do not."""
-    above = np.flatnonzero(values >= level)
+    """The first step at which `values` reach `level`, linear in log step; inf where they do not.
+
+    They must be there at the next evaluation, too, if there is one: a single fluke does not count.
+    """
+    above = np.flatnonzero(np.minimum(values, [*values[1:], math.inf]) >= level)
     if not len(above):
         return math.inf
     k = above[0]
@@ -621,8 +642,6 @@ def step_variance(run, steps, values, step, error):
     Of two parts: the gap between evaluations; where run is given, whose values are then shares of
     its samples, the number of samples.
     """
-    if len(steps) < 2:
-        return 0.0
     k = int(np.clip(np.searchsorted(steps, step), 1, len(steps) - 1))
     gap, rise = math.log(steps[k] / steps[k - 1]), values[k] - values[k - 1]
     samples, sampling = sample_count(run) if run else 0, 0.0
@@ -697,13 +716,10 @@ def scatter(runs, statistic):
 
     Pooled over all settings; the study's own where these runs have no repeats.
     """
-    settings = {}           # equal ones count once: two sets of samples of one run share its losses
-    for group in grouped(runs, Run.key).values():
-        points = {run.seed: statistic(run) for run in group}
-        values = [point.value for point in points.values() if point and not point.bound]
-        settings[tuple(np.round(values, 5))] = values       # tables have eight digits
-    settings.pop((), None)
-    squares = sum(float(np.var(values)) * len(values) for values in settings.values())
+    points = [[point.value for point in map(statistic, group) if point and not point.bound]
+              for group in grouped(runs, Run.key).values()]
+    settings = [values for values in points if values]
+    squares = sum(float(np.var(values)) * len(values) for values in settings)
     dof = sum(len(values) - 1 for values in settings)
     if dof or runs is study_runs():
         return squares / dof if dof else 0.0, dof, False
@@ -723,9 +739,9 @@ def fit_line(x, y, variance, bound):
         dx = x - np.average(x, weights=weight)
         slope = float((weight * dx * filled).sum() / (weight * dx**2).sum())
         line = np.average(filled, weights=weight) + slope * dx
-        z = np.clip(bound * (y - line) / sigma, -30, 30)
+        z = bound * (y - line) / sigma
         hazard = np.array([math.sqrt(2 / math.pi) * math.exp(-v * v / 2)
-                           / math.erfc(v / math.sqrt(2)) for v in z])
+                           / math.erfc(v / math.sqrt(2)) if v < 30 else v + 1 / v for v in z])
         filled, last = np.where(bound, line + bound * sigma * hazard, y), filled
         if np.abs(filled - last).max() < 1e-6:
             break
@@ -905,9 +921,11 @@ CLAIMS = [Claim(*row) for row in (
 
 
 def usual(runs):
-    """The runs with the set of samples that most of them have: each run counts once."""
+    """The runs with the set of samples that most have; of one setting and seed, the longest."""
     sets = collections.Counter(run.set for run in runs)
-    return [run for run in runs if run.set == max(sets, key=sets.get)]
+    judged = [run for run in runs if run.set == max(sets, key=sets.get)]
+    return [max(same, key=lambda run: run.last_step)
+            for same in grouped(judged, lambda run: (run.key(), run.seed)).values()]
 
 
 def judge(runs):
@@ -981,6 +999,8 @@ def run_text(run):
     if run.metrics:
         lines += [f"  lowest SW to held-out before copies: {row['best_sw_heldout']}, at step "
                   + f"{row['best_sw_step']} ({run.space})",
+                  f"  to keep: step {row['keep_step']}: SW to held-out {row['keep_sw_heldout']}, "
+                  + f"copy ratio {row['keep_copy_ratio']}",
                   f"  copies at the end: {row['last_copy_ratio']}; null {row['null_copy_ratio']}"]
     exact = run.controls.get("exact", {}).get("copy_ratio", math.nan)
     if not math.isnan(exact):
@@ -993,15 +1013,6 @@ def run_text(run):
         lines.append("  planted copies that are found: " + ", ".join(
             f"{row.get('planted')} {number(row.get('copy_ratio')):.3g}" for row in planted))
     return "\n".join(lines)
-
-
-def keep_line(run):
-    """One line: which snapshot a user would keep."""
-    step, distance, copies = to_keep(run)
-    if math.isnan(step):
-        return f"{run.name}: no snapshot to keep"
-    return (f"{run.name}: keep step {step:.0f}: SW to held-out {distance:.3g}, "
-            f"copy ratio {copies:.3g}")
 
 
 def markdown(columns, rows):
@@ -1021,15 +1032,16 @@ def claims_text(runs, found, study):
 
     study: whether the study's own curves stand beside these runs.
     """
-    repeats = collections.Counter(run.key() for run in runs).values()
-    spaces = ", ".join(sorted({run.space or "-" for run in runs}))
-    text = [f"{len(runs)} runs of {len(repeats)} settings, {sum(c > 1 for c in repeats)} with "
-            + f"repeats; distances in {spaces}. In brackets: 95 % intervals. Definitions: at the "
-            + "top of plot.py."]
-    for name, groups in found.items():
-        fixed = "".join(f"; {label_of(*pair)}" for pair in groups.fixed.items())
-        others = f" (the widest of {groups.others + 1} such slices)" if groups.others else ""
-        text.append(f"{factor_of(name).label}: {', '.join(map(str, groups))}{fixed}{others}.")
+    judged = usual(runs)
+    repeats = collections.Counter(run.key() for run in judged).values()
+    more, bare = len(runs) - len(judged), sum(run.space is None for run in judged)
+    text = [f"{len(judged)} runs of {len(repeats)} settings, {sum(c > 1 for c in repeats)} with "
+            + f"repeats; distances in {space_of(judged) or '-'}"
+            + f" ({bare} runs have none)" * (0 < bare < len(judged))
+            + f"; {more} other sets of samples are not judged" * (more > 0)
+            + ". In brackets: 95 % intervals. Definitions: at the top of plot.py."]
+    text += [f"{factor_of(name).label}: {', '.join(map(str, groups))}{groups.where()}."
+             for name, groups in found.items()]
 
     columns = ["", "claim", "supported where", "these runs", "verdict"]
     rows = [[claim.number, claim.text, f"{claim.statistic}: {claim.where}",
@@ -1044,7 +1056,7 @@ def claims_text(runs, found, study):
     taus = [name for name in TAUS if not all(math.isnan(onsets(run)[name]) for run in runs)]
     rows = []
     for name in taus:
-        slopes = [exponent(groups, usual(runs), onset(name)) for groups in found.values()]
+        slopes = [exponent(groups, judged, onset(name)) for groups in found.values()]
         if not all(math.isnan(slope.value) for slope in slopes):
             rows.append([TAUS[name], *(interval_text(slope) + " (borrowed)" * slope.borrowed
                                        for slope in slopes)])
@@ -1100,7 +1112,7 @@ def write_tables(runs, found, folder, study=False):
         out.writerows(rows)
         if rows:
             write(folder / f"{stem}.csv", text.getvalue())
-    if len(runs) > 1:
+    if len(usual(runs)) > 1:
         write(folder / "claims.md", claims_text(runs, found, study))
 
 
@@ -1198,7 +1210,7 @@ def dress(axis, title="", scale="linear", xlabel=""):
 
 
 def curve(axis, runs, column, color, scale=1, label=None, errors=False):
-    """A column against step * scale: the mean over runs, in a band that is their range.
+    """A column against step * scale: the mean over runs, as far as all go, in a band: their range.
 
     errors: the band is a 95 % interval instead, the first run's, from the columns beside this one:
     copy_low and copy_high, or twice sw_error_...
@@ -1211,7 +1223,7 @@ def curve(axis, runs, column, color, scale=1, label=None, errors=False):
         x, y = run.column(name)
         return (np.interp(np.log(steps), np.log(x), y, math.nan, math.nan) if len(x)
                 else np.full(len(steps), math.nan))
-    values = np.array([at_steps(run, column) for run in runs])
+    values = np.array([at_steps(run, column) for run in runs if len(run.column(column)[0])])
     low, high = np.nanmin(values, 0), np.nanmax(values, 0)
     if errors and "SPACE" in column:
         error = at_steps(runs[0], column.replace("_", "_error_", 1))
@@ -1221,7 +1233,7 @@ def curve(axis, runs, column, color, scale=1, label=None, errors=False):
         low, high = (at_steps(runs[0], name.replace("ratio", end)) for end in ("low", "high"))
     line, own_color, own_label = style_of(column)
     color = own_color or color
-    axis.plot(steps * scale, np.nanmean(values, 0), color=color, linestyle=line,
+    axis.plot(steps * scale, values.mean(0), color=color, linestyle=line,
               marker="." if len(steps) == 1 else None, label=own_label if label is None else label)
     axis.fill_between(steps * scale, low, high, color=color, alpha=0.2, linewidth=0)
 
@@ -1365,15 +1377,14 @@ def plot_planted(run, path):
 
 def plot_copier(run, path):
     """Which metric tells a copier: each through training, between its two controls as 0 and 1."""
-    rows, steps = {}, [f"{step:,.0f}" for step in run.metrics["step"]]
+    rows, (steps, _) = {}, run.column("sharpness")              # the steps that were measured
     for title, _, columns in PANELS.values():
         title = title.removesuffix(", replaced")            # the panel's other column
         for column in columns.split():
             zero, one = (control(run, key, column) for key in CONTROLS)
-            values = run.metrics.get(column.replace("SPACE", run.space))
-            _, _, label = style_of(column)
-            if values is None or not abs(one - zero) > 0 or label not in (
-                    None, "train", "held-out"):
+            curve, (_, _, label) = run.by_step(column), style_of(column)
+            values = np.array([curve.get(step, math.nan) for step in steps])
+            if not (curve and abs(one - zero) > 0 and label in (None, "train", "held-out")):
                 continue
             name = f"{title} to {label}" if label else title
             if abs(one - zero) > 0.1 * max(abs(zero), abs(one)):
@@ -1385,8 +1396,8 @@ def plot_copier(run, path):
         return max(np.flatnonzero(~(rows[name] >= 0.5)), default=-1)
     names = sorted(rows, key=last_below)
     figure, axis = plt.subplots(figsize=(9.5, 0.33 * len(rows) + 2))
-    image = heat(axis, np.ma.masked_outside([rows[name] for name in names], -0.3, 1.3), steps,
-                 names, [GREEN, "#f4f4f4", RED], vmin=0, vmax=1)
+    image = heat(axis, np.ma.masked_outside([rows[name] for name in names], -0.3, 1.3),
+                 [f"{step:,.0f}" for step in steps], names, [GREEN, "#f4f4f4", RED], vmin=0, vmax=1)
     axis.set(xlabel="training step; grey: like neither; *: the two controls are too close to tell")
     figure.colorbar(image, aspect=30, ticks=[0, 0.5, 1]).set_ticklabels(
         ["as held-out\nimages", "halfway", "as training\nimages"])
@@ -1567,11 +1578,7 @@ def plot_sweep(factor, groups, path, study=None):
             axis.patch.set_visible(False)
             axis.plot([], [], color="0.75", label="the study, not to this scale: compare shapes")
         dress(axis, panel, kind, time)
-    if groups.fixed:
-        title += "; fixed: " + ", ".join(label_of(k, v) for k, v in groups.fixed.items())
-    if groups.others:
-        title += f"; the widest of {groups.others + 1} such sweeps"
-    save_figure(figure, path, words(title, 60))
+    save_figure(figure, path, words(title + groups.where(), 60))
 
 
 def plot_onset(factor, groups, path, runs):
@@ -1621,7 +1628,7 @@ def plot_switch(runs, path):
     for run in runs:
         if run not in alone:
             second, t = map(float, run.options["setting_switch"].split("@"))
-            for first in run.metrics["step"]:
+            for first in run.column("sharpness")[0]:
                 pairs.setdefault((first, second), {})[t] = run
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.9))
     for axis, name in zip(axes, ("sw", "kid", "sharpness", "copy"), strict=True):
@@ -1662,18 +1669,17 @@ def draw_all(runs, found, folder, study):
         data = [*run.log, *run.metrics, *run.tables, *(f"{name} control" for name in run.controls)]
         data += ["neighbours"] if snapshot_files(run) else []
         for name, draw, needs in RUN_FIGURES:
-            if run.key() in seen and draw is not plot_run:
-                continue
-            if all(any(have.startswith(need) for have in data) for need in needs.split()):
+            if (draw is plot_run or (run.key(), draw) not in seen) and all(
+                    any(have.startswith(need) for have in data) for need in needs.split()):
                 draw(run, folder / name.format(run.stem))
-        seen.add(run.key())
+                seen.add((run.key(), draw))
     switched = [run for run in runs if "setting_switch" in run.options]     # it varies, then
     for sets in grouped(switched, lambda run: (run.key("setting_switch"), run.seed)).values():
         if any(run.options["setting_switch"] for run in sets):
             plot_switch(sets, folder / f"switch_{sets[0].stem}.png")
     for factor, groups in found.items():
         plot_sweep(factor, groups, folder / f"sweep_{factor}.png", study.get(factor))
-        plot_onset(factor, groups, folder / f"onset_{factor}.png", runs)
+        plot_onset(factor, groups, folder / f"onset_{factor}.png", usual(runs))
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -1701,9 +1707,8 @@ def report(roots, study, ignore=()):
         write_tables(runs, found, folder, study)
         draw_all(runs, found, folder, sweeps(study_runs()) if study else {})
         print(f"{folder}: {len(runs)} run{'s' * (len(runs) > 1)} drawn")
-        print(run_text(runs[0]) if len(runs) == 1 else
+        print("\n".join(map(run_text, runs)) if len(usual(runs)) == 1 else
               (folder / "claims.md").read_text(encoding="utf-8"))
-        print("\n".join(keep_line(run) for run in runs if run.metrics))
     for file, inode in old.items():
         if file.exists() and file.stat().st_ino == inode:
             file.unlink()

@@ -94,7 +94,7 @@ def drawn(monkeypatch):
     """A list that receives (figure, title) of all that is drawn, in place of files."""
     figures = []
     monkeypatch.setattr(plot, "save_figure",
-                        lambda figure, path, title: figures.append((figure, title)))
+                        lambda figure, path, title, *_: figures.append((figure, title)))
     yield figures
     for figure, _ in figures:
         plot.plt.close(figure)
