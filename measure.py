@@ -890,7 +890,7 @@ def digest_of(*things):
         elif isinstance(thing, train.Process):
             thing = train.fingerprint(thing)
         elif inspect.isroutine(thing):
-            thing = inspect.getsource(thing)
+            thing = source_of(thing)
         digest.update(f"{getattr(thing, 'key', thing)!r}\n".encode())
     return digest.hexdigest()
 

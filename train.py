@@ -541,7 +541,7 @@ def _digits():
     return Data(images[:1280], labels[:1280], images[1280:], labels[1280:])
 
 
-def _read_npz(path):
+def _npz_data(path):
     """The four arrays of an .npz file, checked; raises InputError naming the file and the key."""
     with reading(f"--data {path}"):
         arrays = read_npz(path, KEYS)
@@ -612,7 +612,7 @@ def load_data(name, n, size=None, offset=0):
         return Data(images[offset:], labels[offset:], *toy_images(HELD_OUT, size or 16, split=1))
     if name not in ("digits", "cifar10") and not str(name).endswith(".npz"):
         raise InputError(f"--data {name}: unknown; use toy, digits, cifar10 or an .npz file")
-    data = {"digits": _digits, "cifar10": _download_cifar10}.get(name, lambda: _read_npz(name))()
+    data = {"digits": _digits, "cifar10": _download_cifar10}.get(name, lambda: _npz_data(name))()
     if offset + n > len(data.train_images):
         raise InputError(f"--n {n}: with --offset {offset}, {name} has only "
                          f"{len(data.train_images)} training images")
