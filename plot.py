@@ -1103,7 +1103,9 @@ def write_tables(runs, found, folder, study=False):
         controls = [{"name": name} | {c: number_text(value, 8) for c, value in row.items()}
                     for name, row in run.controls.items()]
         for stem, rows in {"controls": controls, **run.tables}.items():
-            tables.setdefault(stem, []).extend({"run": run.name, **row} for row in rows)
+            tables.setdefault(stem, []).extend({"run": run.name} | {
+                c: number_text(number(v), 6) if re.fullmatch(r"-?\d+\.\d{6,}", v) else v
+                for c, v in row.items() if c != "made_of"} for row in rows)
     for stem, rows in tables.items():
         text = io.StringIO()
         columns = dict.fromkeys(column for row in rows for column in row)   # of all rows, in order
