@@ -1486,7 +1486,7 @@ def strip(axis, file, top, label):
     """Ten of a neighbours file's pictures, d1/d2 of each, and their nearest training images."""
     samples, nearest, ratios = (read_neighbours(file, key)[:10]
                                 for key in ("samples", "nearest", "ratios"))
-    axis.text(0, top - 0.12, f"{label}, d1/d2 (red: a copy), nearest training images")
+    axis.text(0, top - 0.12, f"{label}, d1/d2 (framed: a copy), nearest training images")
     for k, ratio in enumerate(ratios):
         left = 1.1 * k
         for picture, y in ((samples[k], top), (nearest[k], top + 1.4)):
