@@ -1188,6 +1188,17 @@ def sweep_state(run, options, drawing, args):
             f"{float(measured[max(measured)]['copy_ratio']):.4g}" if measured else "-")
 
 
+# Options of train.py that a step's time does not depend on. One that is not here, yours included,
+# is taken to matter: its values are timed one by one.
+SAME_SPEED = {*train.FREE, "data", "n", "offset", "lr", "seed", "ema", "weighting", "flip",
+              "evals_per_doubling", "first_eval", "eval_images"}
+
+
+def step_of(options):
+    """What the time of a training step depends on: all options but those of SAME_SPEED."""
+    return tuple((k, str(v)) for k, v in vars(options).items() if k not in SAME_SPEED)
+
+
 def sweep_speed(run):
     """(images per second, parameters) of a run that has got somewhere, else None."""
     with contextlib.suppress(InputError, LookupError, TypeError, ValueError):
@@ -1208,7 +1219,7 @@ def sweep(argv):
     """Answer sweep.sh: a line per run, between tabs its name, state, held-out loss, copy ratio,
     images/s, hours left, GB of weights, and words for train.py.
 
-    argv: the runs' folder, and a device on which to time the sizes that never ran. stdin: lists.
+    argv: the runs' folder, and a device on which to time the steps that never ran. stdin: lists.
     """
     lists = {}
     for key, *values in filter(None, map(str.split, sys.stdin)):
@@ -1217,7 +1228,7 @@ def sweep(argv):
         lists[key] = values
     rows, out = sweep_rows(lists), Path(argv[0])
     drawing, args = sample.parse(["", *lists["SAMPLE"]]), parse(["", *lists["MEASURE"]])
-    speeds = {(o.width, o.batch): speed for name, (_, o) in rows.items()
+    speeds = {step_of(options): speed for name, (_, options) in rows.items()
               if (speed := sweep_speed(out / name))}
     for name in lists["ONLY"] or rows:
         if name not in rows:
@@ -1227,10 +1238,9 @@ def sweep(argv):
             state, steps, left, *values = sweep_state(out / name, options, drawing, args)
         except (InputError, LookupError, TypeError, ValueError) as error:
             state, steps, left, *values = f"unreadable, {error!r:.99}", options.steps, 0, "-", "-"
-        size = options.width, options.batch
-        if argv[1:] and state != "done" and size not in speeds:
-            speeds[size] = time_steps(words, argv[1])
-        rate, parameters = speeds.get(size, (math.nan, math.nan))
+        if argv[1:] and state != "done" and step_of(options) not in speeds:
+            speeds[step_of(options)] = time_steps(words, argv[1])
+        rate, parameters = speeds.get(step_of(options), (math.nan, math.nan))
         # Of a training step, sampling does the forward third. last.pt holds weights, average and
         # Adam's two moments, a snapshot the average: 4 bytes per parameter each.
         images = steps * options.batch + left * drawing.num * drawing.sampling_steps / 3

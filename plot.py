@@ -1525,6 +1525,7 @@ def draw_frame(figure, run, file):
             curve(small, [run], column, BLUE)
         small.axvline(int(file.stem), color=RED, linewidth=2, alpha=0.7)
         dress(small, title, scale)
+        small.xaxis.set_major_locator(mpl.ticker.LogLocator())      # there is no room for more
 
 
 def plot_film(run, path, frames=13):

@@ -11,7 +11,7 @@
 #   ./sweep.sh class K            experiment K = 1 to 7 of the README's class, on digits
 #
 #   ./sweep.sh GRID --dry-run     each run, its state, and the hours and disk that are left
-#   ./sweep.sh GRID --dry-run --time      the same, timing the model sizes that never ran here
+#   ./sweep.sh GRID --dry-run --time      the same, timing what never ran here
 #   ./sweep.sh GRID --status      a table of the runs; `watch ./sweep.sh GRID --status`
 #   ./sweep.sh GRID --list        the runs' names, the longest first
 #   ./sweep.sh GRID --only NAME   one run
@@ -178,7 +178,7 @@ case $mode in
       NR > 1 && $2 != "done" { todo++; unknown += $6 == "?"; hours += $6; disk += $7 }
       END {
         printf "%s, %d to do, %d at a time\n", what, todo, slots
-        if (unknown) printf "%d are of model sizes that never ran here: --dry-run --time " \
+        if (unknown) printf "%d have steps that were never timed here: --dry-run --time " \
           "times them; without them\n", unknown
         printf "training and sampling left: %.2f hours, %.2f per slot; ", hours, hours / slots
         printf "weights to be kept: %.1f GB (KEEP=%s)\n", disk, keep }'

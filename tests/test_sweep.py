@@ -393,6 +393,18 @@ def test_the_plan_times_what_never_ran(tmp_path):
     assert "never ran" not in text and "2 to do" in text and not (tmp_path / "none").exists()
 
 
+def test_a_time_is_that_of_runs_that_cost_the_same(left_alone):
+    import measure as measure_py
+    import train as train_py
+    text = sweep(left_alone[0], "toy", "--dry-run", LR="1e-3 2e-3")
+    assert text.count("not started") == 1 and "?" not in text       # as fast as the two that ran
+    plain = measure_py.step_of(train_py.parse([]))
+    for words, same in ((["--n", "4096", "--lr", "1", "--ema", ".9"], True),
+                        (["--blocks", "2"], False), (["--mults", "1", "2"], False),
+                        (["--batch", "32"], False), (["--amp", "off"], False)):
+        assert (measure_py.step_of(train_py.parse(words)) == plain) is same, words
+
+
 def state(out, name=ONE, train=(), sample=(), measure=(), images=48):
     """The state of a run of left_alone, for these intentions."""
     import measure as measure_py
