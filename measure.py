@@ -1190,7 +1190,7 @@ def sweep_state(run, options, drawing, args):
 
 # Options of train.py that a step's time does not depend on. One that is not here, yours included,
 # is taken to matter: its values are timed one by one.
-SAME_SPEED = {*train.FREE, "data", "n", "offset", "lr", "seed", "ema", "weighting", "flip",
+SAME_SPEED = {*train.FREE, "n", "offset", "lr", "seed", "ema", "weighting", "flip",
               "evals_per_doubling", "first_eval", "eval_images"}
 
 

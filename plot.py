@@ -159,7 +159,7 @@ class Run:
 
     Beside what it is made of: seed; last_step, in either table, nan without any; controls
     {name: {column: float}}; spaces, the features in which distances were measured, and space, those
-    in which they are looked at (see settle); stem, the name as file names can hold it.
+    in which they are looked at (see find_runs); stem, the name as file names can hold it.
     """
 
     name: str
@@ -203,6 +203,11 @@ class Run:
     def by_step(self, name):
         """A column as {step: value}, see column."""
         return dict(zip(*self.column(name), strict=True))
+
+    def measured(self):
+        """The steps whose samples were measured, sorted."""
+        columns = [self.column(name)[0] for name in ("copy_ratio", "sharpness", "sw_SPACE_train")]
+        return np.unique(np.concatenate(columns))
 
     def key(self, *without):
         """What makes this run another run, as a tuple of pairs; seed and free options do not."""
@@ -290,14 +295,11 @@ def settle(runs, ignore=()):
 
     ignore: options that do not make another run here. A sampling setting counts only where
     differently named sets of samples differ in it: the clipping that a process brings along does
-    not. A run without samples counts to the set that most have, and all are looked at in one space.
+    not. A run without samples counts to the set that most have.
     """
     sets = collections.Counter(run.set for run in runs if run.metrics)
     for run in runs:
         run.set = run.set if run.metrics else max(sets, key=sets.get, default="")
-    space = space_of(runs)
-    for run in runs:
-        run.space = space if space in run.spaces else None
     free = set(ignore).union(*(run.free for run in runs))
     defaults = {k: v for run in reversed(runs) for k, v in run.defaults.items()}
     names = {k for run in runs for k in run.options} - free
@@ -345,6 +347,14 @@ def read_root(root, damaged):
     return groups
 
 
+def unlike(run, other, ignore=()):
+    """The options, sorted, that two runs both have and that differ; of data, only its name."""
+    names = run.options.keys() & other.options.keys() - run.free - {*ignore}
+    return sorted(name for name in names if run.options[name] != other.options[name]
+                  and not (name == "data" and Path(str(run.options[name])).stem
+                           == Path(str(other.options[name])).stem))
+
+
 def find_runs(*roots, damaged=None, ignore=()):
     """The runs at or below some folders, grouped: {folder for figures: [Run]}.
 
@@ -361,15 +371,17 @@ def find_runs(*roots, damaged=None, ignore=()):
         raise PlotError("; ".join(damaged))
     groups = found[0]
     if len(roots) > 1:
-        union = {}
-        for run in [run for runs in found for run in itertools.chain(*runs.values())]:
-            first = union.setdefault((run.name, run.set), run)
-            for option in run.options.keys() & first.options.keys() - run.free - {"data", *ignore}:
-                if run.options[option] != first.options[option]:
+        union = []
+        for runs in found:
+            earlier = {(run.name, run.set): run for run in union}
+            for run in itertools.chain(*runs.values()):
+                if (first := earlier.get((run.name, run.set))) is None:
+                    union.append(run)
+                elif other := unlike(first, run, ignore):
                     raise PlotError(f"{run.name}: two of these folders have a run of this name, "
-                                    f"with another {option}")
+                                    f"with another {', '.join(other)}")
         place = roots[0] / ("figures" if run_folders(roots[0]) else "")
-        groups = {place: sorted(union.values(), key=lambda run: run.name)}
+        groups = {place: sorted(union, key=lambda run: run.name)}
     everything = [*itertools.chain(*groups.values())]
     for name in ignore:
         if not any(name in run.options for run in everything):
@@ -379,8 +391,13 @@ def find_runs(*roots, damaged=None, ignore=()):
         for same in grouped(runs, lambda run: (run.key(), run.seed, run.set)).values():
             if ignore and len(same) > 1:
                 raise PlotError(f"--ignore: {same[0].name} and {same[1].name} would be one run")
-    return {place / name: family for place, runs in groups.items()
-            for name, family in families(runs).items()}
+    found = {place / name: family for place, runs in groups.items()
+             for name, family in families(runs).items()}
+    for family in found.values():
+        space = space_of(family)                # all of a family are looked at in one
+        for run in family:
+            run.space = space if space in run.spaces else None
+    return found
 
 
 def families(runs):
@@ -422,11 +439,18 @@ class Slice(dict):
         return text + f"; the widest of {self.others + 1} such sweeps" * bool(self.others)
 
 
+def longest(runs):
+    """One run per setting, set of samples and seed: the one that got farthest."""
+    same = grouped(runs, lambda run: (run.key(), run.set, run.seed)).values()
+    return [max(group, key=lambda run: run.last_step) for group in same]
+
+
 def slices_of(runs, factor):
     """Every set of runs where this option alone varies: [{its value: [Run, one per seed]}]."""
     slices = []
     for alike in grouped(runs, lambda run: run.key(factor)).values():
-        slices.append(grouped(alike, lambda run: run.options[factor]))
+        values = grouped(alike, lambda run: run.options[factor])
+        slices.append({value: longest(group) for value, group in values.items()})
     return [values for values in slices if len(values) > 1]
 
 
@@ -438,9 +462,9 @@ def sweeps(runs):
     """
     varying = [k for k, v in runs[0].key() if k != "setting_switch"
                and any(run.options[k] != v for run in runs)]
-    found = {}
+    found, judged = {}, usual(runs)
     for factor in sorted(varying, key=lambda k: [*FACTORS, k].index(k)):
-        if slices := slices_of(runs if factor.startswith("setting_") else usual(runs), factor):
+        if slices := slices_of(runs if factor.startswith("setting_") else judged, factor):
             widest = max(slices, key=lambda values: (len(values), sum(map(len, values.values()))))
             order = sorted(widest, key=lambda v: (isinstance(v, str), v or 0))  # numbers first
             found[factor] = Slice({value: widest[value] for value in order})
@@ -465,12 +489,17 @@ def label_of(factor, value):
 # --- Claims: onsets, best fidelity ----------------------------------------------------------------
 
 
+def lasting(values):
+    """The lower of each value and its successor: a fluke of one evaluation does not count."""
+    return np.minimum(values, [*values[1:], math.inf])
+
+
 def crossing(steps, values, level):
     """The first step at which `values` reach `level`, linear in log step; inf where they do not.
 
-    They must be there at the next evaluation, too, if there is one: a single fluke does not count.
+    They must be there at the next evaluation, too, if there is one.
     """
-    above = np.flatnonzero(np.minimum(values, [*values[1:], math.inf]) >= level)
+    above = np.flatnonzero(lasting(values) >= level)
     if not len(above):
         return math.inf
     k = above[0]
@@ -753,8 +782,8 @@ def fit_line(x, y, variance, bound):
 def exponent(groups, runs, statistic):
     """The slope of a statistic against log(factor) over a Slice, as a Result.
 
-    runs: all runs, for the scatter. Bounds are left out of the value; its interval covers both the
-    fit without them and the one with them, since a power law need not hold as far as they reach.
+    runs: all that are judged, for the scatter. Bounds are left out of the value; its interval
+    covers the fit without them and the one with them, since a power law need not hold so far.
     """
     if not all(map(has_log, groups)):
         return Result("its values have no logarithm")
@@ -786,7 +815,7 @@ def common_rate(groups):
 
     Runs that do not reach copy ratio .1 above the null are not compared.
     """
-    high = min((excess(run)[1].max() for group in groups.values() for run in group
+    high = min((lasting(excess(run)[1]).max() for group in groups.values() for run in group
                 if math.isfinite(onsets(run)["copy_10"])), default=COPY_LEVELS["copy_10"])
     high = min(high, 0.9)
     return rate(high), f"copy ratio {RATE_FROM:g} to {high:.2g}"
@@ -923,9 +952,7 @@ CLAIMS = [Claim(*row) for row in (
 def usual(runs):
     """The runs with the set of samples that most have; of one setting and seed, the longest."""
     sets = collections.Counter(run.set for run in runs)
-    judged = [run for run in runs if run.set == max(sets, key=sets.get)]
-    return [max(same, key=lambda run: run.last_step)
-            for same in grouped(judged, lambda run: (run.key(), run.seed)).values()]
+    return longest(run for run in runs if run.set == max(sets, key=sets.get))
 
 
 def judge(runs):
@@ -998,7 +1025,7 @@ def run_text(run):
             lines.append(f"  {text}: step {step}{interval}")
     if run.metrics:
         lines += [f"  lowest SW to held-out before copies: {row['best_sw_heldout']}, at step "
-                  + f"{row['best_sw_step']} ({run.space})",
+                  + f"{row['best_sw_step']} ({run.space or 'not measured'})",
                   f"  to keep: step {row['keep_step']}: SW to held-out {row['keep_sw_heldout']}, "
                   + f"copy ratio {row['keep_copy_ratio']}",
                   f"  copies at the end: {row['last_copy_ratio']}; null {row['null_copy_ratio']}"]
@@ -1034,9 +1061,11 @@ def claims_text(runs, found, study):
     """
     judged = usual(runs)
     repeats = collections.Counter(run.key() for run in judged).values()
-    more, bare = len(runs) - len(judged), sum(run.space is None for run in judged)
+    more, bare = (sum(run.set != judged[0].set for run in runs),
+                  sum(run.space is None for run in judged))
+    space = next((run.space for run in judged if run.space), "-")
     text = [f"{len(judged)} runs of {len(repeats)} settings, {sum(c > 1 for c in repeats)} with "
-            + f"repeats; distances in {space_of(judged) or '-'}"
+            + f"repeats; distances in {space}"
             + f" ({bare} runs have none)" * (0 < bare < len(judged))
             + f"; {more} other sets of samples are not judged" * (more > 0)
             + ". In brackets: 95 % intervals. Definitions: at the top of plot.py."]
@@ -1100,11 +1129,12 @@ def write_tables(runs, found, folder, study=False):
     tables = {"summary": [summarize(run) for run in runs],
               "runs": [row for run in runs for row in curve_rows(run)]}
     for run in runs:
-        controls = [{"name": name} | {c: number_text(value, 8) for c, value in row.items()}
+        controls = [{"name": name} | {c: number_text(value, 6) for c, value in row.items()}
                     for name, row in run.controls.items()]
         for stem, rows in {"controls": controls, **run.tables}.items():
             tables.setdefault(stem, []).extend({"run": run.name} | {
-                c: number_text(number(v), 6) if re.fullmatch(r"-?\d+\.\d{6,}", v) else v
+                c: number_text(number(v), 6)
+                if len(v) > 8 and "." in v and math.isfinite(number(v)) else v
                 for c, v in row.items() if c != "made_of"} for row in rows)
     for stem, rows in tables.items():
         text = io.StringIO()
@@ -1212,7 +1242,7 @@ def dress(axis, title="", scale="linear", xlabel=""):
 
 
 def curve(axis, runs, column, color, scale=1, label=None, errors=False):
-    """A column against step * scale: the mean over runs, as far as all go, in a band: their range.
+    """A column against step * scale: the mean over runs, in a band that is their range.
 
     errors: the band is a 95 % interval instead, the first run's, from the columns beside this one:
     copy_low and copy_high, or twice sw_error_...
@@ -1235,7 +1265,7 @@ def curve(axis, runs, column, color, scale=1, label=None, errors=False):
         low, high = (at_steps(runs[0], name.replace("ratio", end)) for end in ("low", "high"))
     line, own_color, own_label = style_of(column)
     color = own_color or color
-    axis.plot(steps * scale, values.mean(0), color=color, linestyle=line,
+    axis.plot(steps * scale, np.nanmean(values, 0), color=color, linestyle=line,
               marker="." if len(steps) == 1 else None, label=own_label if label is None else label)
     axis.fill_between(steps * scale, low, high, color=color, alpha=0.2, linewidth=0)
 
@@ -1379,14 +1409,14 @@ def plot_planted(run, path):
 
 def plot_copier(run, path):
     """Which metric tells a copier: each through training, between its two controls as 0 and 1."""
-    rows, (steps, _) = {}, run.column("sharpness")              # the steps that were measured
+    rows, steps = {}, run.measured()
     for title, _, columns in PANELS.values():
         title = title.removesuffix(", replaced")            # the panel's other column
         for column in columns.split():
             zero, one = (control(run, key, column) for key in CONTROLS)
-            curve, (_, _, label) = run.by_step(column), style_of(column)
-            values = np.array([curve.get(step, math.nan) for step in steps])
-            if not (curve and abs(one - zero) > 0 and label in (None, "train", "held-out")):
+            found, (_, _, label) = run.by_step(column), style_of(column)
+            values = np.array([found.get(step, math.nan) for step in steps])
+            if not (found and abs(one - zero) > 0 and label in (None, "train", "held-out")):
                 continue
             name = f"{title} to {label}" if label else title
             if abs(one - zero) > 0.1 * max(abs(zero), abs(one)):
@@ -1587,7 +1617,7 @@ def plot_sweep(factor, groups, path, study=None):
 def plot_onset(factor, groups, path, runs):
     """The onset by each definition against the factor, with its 95 % interval and power laws.
 
-    An arrow: the onset lies beyond. runs: all runs, for the scatter of the slope's interval.
+    An arrow: the onset lies beyond. runs: all that are judged, for the scatter.
     """
     numeric, note = all(map(has_log, groups)), "bars: 95 % intervals; definitions side by side"
     names = [name for name in TAUS if "level" not in name and any(
@@ -1631,7 +1661,7 @@ def plot_switch(runs, path):
     for run in runs:
         if run not in alone:
             second, t = map(float, run.options["setting_switch"].split("@"))
-            for first in run.column("sharpness")[0]:
+            for first in run.measured():
                 pairs.setdefault((first, second), {})[t] = run
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.9))
     for axis, name in zip(axes, ("sw", "kid", "sharpness", "copy"), strict=True):
@@ -1671,6 +1701,7 @@ def draw_all(runs, found, folder, study):
     for run in [run for run in runs if not run.options.get("setting_switch")]:
         data = [*run.log, *run.metrics, *run.tables, *(f"{name} control" for name in run.controls)]
         data += ["neighbours"] if snapshot_files(run) else []
+        data = [have for have in data if run.space or not have.startswith("sw_")]
         for name, draw, needs in RUN_FIGURES:
             if (draw is plot_run or (run.key(), draw) not in seen) and all(
                     any(have.startswith(need) for have in data) for need in needs.split()):

@@ -646,7 +646,8 @@ def load_subset(run, record, data=None):
     """
     options = record["options"]
     loaded = load_data(data or options["data"], options["n"], options["size"], options["offset"])
-    loaded = of_known_classes(loaded) if options["conditional"] else loaded
+    if options["conditional"] and record.get("heldout_sha256") != hash_of(*loaded[2:]):
+        loaded = of_known_classes(loaded)           # older runs held out all classes
     for images, key, words in ((loaded[:2], "subset_sha256", "was trained on"),
                                (loaded[2:], "heldout_sha256", "held out")):
         if record.get(key) not in (None, hash_of(*images)):
@@ -1413,9 +1414,10 @@ def main(argv=None):
     net = build_net(vars(args), data.train_images.shape[1:], classes)
     out = Path(args.out or f"runs/{run_name(args)}")
     record = describe(args, data, net, classes)
-    if (out / "args.json").exists():                # identity goes by the defaults of back then
-        record["defaults"] |= read_run(out).get("defaults", {})
-    record["identity"] = identity(record)
+    old = read_run(out) if (out / "args.json").exists() else {"identity": ""}
+    record["defaults"] |= old.get("defaults", {})   # identity goes by those of when it was made
+    if "identity" in old:                           # older runs have none, nor checks in tables
+        record["identity"] = identity(record)
     with contextlib.nullcontext() if rank else claimed(out, record):
         wait()                                      # until the first process has the folder
         train(args, record, out, data, net, device, rank, world)

@@ -390,7 +390,7 @@ def test_end_to_end(left_alone):
 def test_the_plan_times_what_never_ran(tmp_path):
     text = sweep(tmp_path / "none", "toy", "--dry-run", "--time")
     assert text.count("not started") == 2 and "?" not in text and "hours" in text
-    assert "never ran" not in text and "2 to do" in text and not (tmp_path / "none").exists()
+    assert "never timed" not in text and "2 to do" in text and not (tmp_path / "none").exists()
 
 
 def test_a_time_is_that_of_runs_that_cost_the_same(left_alone):

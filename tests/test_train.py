@@ -124,6 +124,10 @@ def test_a_conditional_model_is_held_to_the_classes_that_it_has_seen(tmp_path, c
     assert set(known.heldout_labels.tolist()) == seen
     keep = np.isin(everything.heldout_labels, list(seen))
     assert np.array_equal(known.heldout_images, everything.heldout_images[keep])
+    # a run of before held out all classes, and still does
+    old = train.read_run(tmp_path / "all")
+    old["options"]["conditional"] = True
+    assert len(train.load_subset(tmp_path / "all", old).heldout_images) == 517
     # none of the held-out images has a class that the model was trained on
     arrays = {f"{split}_{what}": value for split, label in (("train", 0), ("test", 1)) for
               what, value in (("images", np.random.default_rng(label).integers(
@@ -134,6 +138,18 @@ def test_a_conditional_model_is_held_to_the_classes_that_it_has_seen(tmp_path, c
     with pytest.raises(SystemExit):
         train.main([*few, "--conditional", "--out", str(tmp_path / "none")])
     assert "--conditional: no two held-out images" in capsys.readouterr().err
+
+
+def test_a_run_of_before_identities_keeps_its_tables(tmp_path):
+    run = tmp_path / "r"
+    train.main([*TINY, "--steps", "4", "--out", str(run)])
+    record = json.loads((run / "args.json").read_text())
+    del record["identity"], record["checksum"]
+    (run / "args.json").write_text(json.dumps(record))
+    (run / "metrics.csv").write_text("step,x\n4,1\n")          # without checks
+    train.main([*TINY, "--steps", "8", "--out", str(run)])
+    assert train.read_csv(run / "metrics.csv") == [{"step": "4", "x": "1"}]
+    assert [row["step"] for row in train.read_csv(run / "log.csv")] == ["4", "6", "8"]
 
 
 def test_weighting_is_only_the_trained_loss(tmp_path):

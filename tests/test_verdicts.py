@@ -406,6 +406,28 @@ def test_all_runs_are_compared_in_one_space(tmp_path):
     assert "distances in pixels." in plot.claims_text(runs, plot.sweeps(runs), False)
 
 
+def test_families_have_spaces_of_their_own(tmp_path, monkeypatch):
+    for k, (data, space) in enumerate((("toy", "pixels"),) * 3 + (("cifar10", "inception"),) * 2):
+        run = folder_of(tmp_path, f"r{k}", {"data": data, "n": 16 * 2**k, "size": k // 3})
+        text = (run / "metrics.csv").read_text().replace("_pixels_", f"_{space}_")
+        (run / "metrics.csv").write_text(text)
+    families = plot.find_runs(tmp_path).values()
+    assert [[run.space for run in runs] for runs in families] == [
+        ["pixels"] * 3, ["inception"] * 2]
+    # a run without any distance, beside one with: its other figures are drawn
+    run = folder_of(tmp_path, "r0b", {"data": "toy", "n": 8, "size": 0})
+    rows = [{k: cell for k, cell in row.items() if "pixels" not in k} | {"sharpness": 1}
+            for row in plot.read_rows(run / "metrics.csv")]
+    write_csv(run / "metrics.csv", rows)
+    write_csv(run / "spectrum.csv", [{"name": name, "set": "", "step": step, "power_0": 1,
+                                      "power_1": 1} for name, step in (
+                                          ("", 64), ("training", ""), ("heldout", ""))])
+    drawn = []
+    monkeypatch.setattr(plot, "save_figure", lambda figure, path, *_: drawn.append(path.name))
+    plot.main([str(tmp_path)])
+    assert "run_r0b.png" in drawn and "hump_r0b.png" not in drawn
+
+
 def test_runs_that_are_not_measured_yet_count_and_so_does_no_run_twice(tmp_path):
     settings = {"setting_eta": 0.0}
     for n in (16, 32, 64):
@@ -420,8 +442,9 @@ def test_runs_that_are_not_measured_yet_count_and_so_does_no_run_twice(tmp_path)
     assert all(len(group) == 1 for group in found["n"].values())
     text = plot.claims_text(runs, found, False)
     assert text.startswith("7 runs of 7 settings, 0 with repeats; distances in pixels "
-                           "(4 runs have none); 5 other sets of samples are not judged.")
-    assert "| 7 | " in text and "0 of 3 runs with copies" not in text
+                           "(4 runs have none); 4 other sets of samples are not judged.")
+    assert "3 of 3 runs with copies" in text
+    assert all(len(group) == 1 for group in found["setting_eta"].values())
     (row,) = [row for row in text.splitlines() if row.startswith("| 3a")]
     (slope,) = [row for row in text.splitlines() if row.startswith("| held-out loss 25 % up")]
     assert slope.split(" | ")[1].split(" ")[0] in row           # both of one sweep
@@ -433,6 +456,11 @@ def test_roots_that_hold_different_runs_of_one_name_are_refused(tmp_path):
     with pytest.raises(plot.PlotError, match="N16: two of these folders .* another ema"):
         plot.find_runs(tmp_path / "a", tmp_path / "b")
     assert plot.find_runs(tmp_path / "a", tmp_path / "b", ignore=["ema"])
+    # one name twice below one root, say in two sweeps, is two runs
+    folder_of(tmp_path / "a/more", "N16", {"n": 16, "ema": 0.5})
+    folder_of(tmp_path / "c", "N32", {"n": 32, "ema": 0.9})
+    (runs,) = plot.find_runs(tmp_path / "a", tmp_path / "c").values()
+    assert sorted(run.options["ema"] for run in runs) == [0.5, 0.9, 0.9]
 
 
 def test_a_fluke_is_no_onset():
@@ -440,6 +468,17 @@ def test_a_fluke_is_no_onset():
     assert plot.crossing(steps, np.array([0, .02, 0, 0, .02, .9]), .02) == 16
     assert plot.crossing(steps, np.array([0, .0, 0, 0, 0, .02]), .02) == 32     # the last will do
     assert plot.crossing(steps, np.array([0, .02, 0, 0, 0, 0]), .02) == math.inf
+
+
+def test_a_plateau_with_a_fluke_still_has_a_rate():
+    runs = made_up_study(0, EFFECT)
+    for run in runs:
+        copies = run.metrics["copy_ratio"]
+        copies[:] = np.minimum(copies, 0.75)
+        if run.options["n"] == 4096:
+            copies[np.argmax(copies >= 0.75) + 1] = 0.8         # of one evaluation
+    (row,) = [result for claim, result, _ in plot.judge(runs) if claim.number == "3b"]
+    assert "4 values" in row.text and "not measured" not in row.text
 
 
 def test_a_bound_far_beyond_the_line_pulls_it_there():
