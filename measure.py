@@ -152,9 +152,12 @@ def two_nearest(queries, references, groups=None, exclude=None):
     inf and -1 where there is no second group. Exact: a matrix product in float32 picks candidates;
     their distances are computed anew from differences in float64; where the product's rounding
     could have hidden a nearer one, more candidates are taken, in the end all.
-    All numbers must be finite. Memory beyond the inputs: the queries once more, and about 300 MB.
+    Memory beyond the inputs: the queries once more, and about 300 MB.
+    Raises InputError on a number that is not finite.
     """
     q, r = queries.flatten(1), references.flatten(1)
+    if not all(torch.stack(torch.aminmax(x)).isfinite().all() for x in (q, r)):
+        raise InputError("two_nearest: the images hold numbers that are not finite")
     groups = torch.arange(len(r), device=r.device) if groups is None else groups
     distances = torch.full((len(q), 2), math.inf, dtype=torch.float64, device=q.device)
     indices = torch.full((len(q), 2), -1, dtype=torch.int64, device=q.device)

@@ -86,6 +86,15 @@ def test_two_nearest_with_groups_and_exclusion():
         assert torch.equal(indices, where)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_two_nearest_refuses_what_is_not_finite(bad):
+    fine, broken = torch.rand(4, 3), torch.rand(4, 3)
+    broken[2, 1] = bad
+    for pair in ((fine, broken), (broken, fine)):
+        with pytest.raises(train.InputError, match="not finite"):
+            measure.two_nearest(*pair)
+
+
 def test_two_nearest_without_a_second_group_says_so():
     distances, indices = measure.two_nearest(torch.zeros(3, 4), torch.ones(5, 4), torch.zeros(5))
     assert (distances[:, 0] == 2).all() and distances[:, 1].isinf().all()
