@@ -193,7 +193,7 @@ def duplicate_groups(images):
 
     Two images are near-identical if they are nearer to each other than half the distance of either
     to its 10th nearest (of fewer than 2,000 images the N/200-th, at least the 2nd); a group is what
-    such pairs link. A bound on the distance alone does not do: two blue skies are closer than two
+    such pairs link. So among N < 600 images a picture that is there three times is not seen. A bound on the distance alone does not do: two blue skies are closer than two
     copies of one detailed picture. Equal images count as one image here.
     """
     x = images.flatten(1)
@@ -301,11 +301,10 @@ def precision_recall(samples, real, k=3):
 class Space(NamedTuple):
     """A feature space: extract(uint8 images (n, H, W, C)) -> float32 (n, D).
 
-    digest: of the network's file; key: of all that features are made of, beside the images.
+    key: a digest of all that features are made of, beside the images.
     """
     name: str
     extract: Callable
-    digest: str = "none"
     key: str = "pixels"
 
     def of_real(self, images):
@@ -547,7 +546,8 @@ def measure_controls(run, subset, exact):
     for name, c in contexts.items():
         metrics = (copying, nearest_rms) if name == "leave_one_out" else METRICS
         results[name] = {metric: cached(metric, c) for metric in metrics}
-        row = {"name": name, "images": len(c.images), "compared": c.count}
+        row = {"name": name, "images": len(c.images), "compared": c.count,
+               "made_of": digest_of(FILES, c.images, c.neighbours[1])[:8]}
         if all(str(value) == old.get(name, {}).get(key) for key, value in row.items()):
             row |= old[name]
         for columns in results[name].values():
@@ -571,8 +571,12 @@ def measure(args, record, device):
                          ).images if exact else None
     table = {key: rows[0] for key, rows in rows_by_snapshot(run / "metrics.csv").items()}
     spaces, data = load_spaces(args, device), train.load_subset(run, record, args.data)
-    subset = Subset(data, options["flip"], device, *spaces,
-                    max_count=max(len(samples.images) for samples in drawn.values()))
+    counts = sorted({len(samples.images) for samples in drawn.values()})
+    if len(counts) > 1:
+        print(f"{run}: samples of {' and '.join(map(str, counts))} images side by side: FID and "
+              f"the distances' controls, of {counts[-1]}, depend on the number; --num {counts[0]} "
+              "measures all alike", file=sys.stderr, flush=True)
+    subset = Subset(data, options["flip"], device, *spaces, max_count=counts[-1])
     duplicates = [{"image": i, "duplicate_of": group}
                   for i, group in enumerate(subset.groups.tolist()) if group != i]
     write_csv(run / "duplicates.csv", duplicates, columns=("image", "duplicate_of"))
@@ -596,16 +600,26 @@ def measure(args, record, device):
         print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
 
 
+def codes_today():
+    """{metric: code_of it}."""
+    return {metric.__name__: code_of(metric) for metric in METRICS}
+
+
+def codes_of(row):
+    """{metric: code_of it when the row was measured}, of a row of metrics.csv."""
+    return dict(word.split(":") for word in row.get("code", "").split())
+
+
 def still_true(row, digest, code, spaces):
     """What still holds of a row of metrics.csv: nothing, {}, where the samples (their digest) or
     the code of a metric are others today; nothing in a space whose network's weights are others.
     """
-    measured_by = dict(word.split(":") for word in row.get("code", "").split())
+    measured_by = codes_of(row)
     if row.get("samples_digest") != digest or not measured_by or any(
             code.get(metric, old) != old for metric, old in measured_by.items()):
         return {}
     for space in spaces:
-        if row.get(f"weights_{space.name}") != space.digest:
+        if row.get(f"weights_{space.name}") != space.key[:8]:
             own = re.compile(rf"(.*_)?{re.escape(space.name)}(_.*)?")
             row = {column: cell for column, cell in row.items() if not own.fullmatch(column)}
     return row
@@ -618,12 +632,13 @@ def measure_samples(args, batch, drawn, subset, table, columns, common):
     columns}; common: columns that are the same in all rows.
     """
     run, spaces, todo = args.run, [s for s in (subset.space, subset.sscd) if s], []
-    code = {metric.__name__: code_of(metric) for metric in columns}
-    common |= {"code": " ".join(f"{name}:{digest}" for name, digest in code.items())}
+    code, texts = codes_today(), {}
     for (name, step), samples in drawn.items():
         digest = hashlib.sha256(samples.images.tobytes()).hexdigest()[:8]
         if row := still_true(table.pop((name, step), {}), digest, code, spaces):
             table[name, step] = row | common
+        # What a metric that is gone was measured by stays, in case that it comes again, changed.
+        texts[name, step] = " ".join(f"{k}:{v}" for k, v in (codes_of(row) | code).items())
         lacking = [m for m, names in columns.items() if not all(row.get(k) for k in names)]
         path = run / "neighbours" / name / f"{step:07d}.npz"
         if lacking or not has_neighbours(path, digest, step):
@@ -643,11 +658,14 @@ def measure_samples(args, batch, drawn, subset, table, columns, common):
         for metric in lacking:
             row |= metric(c)
         write_neighbours(path, c, digest, step, samples.labels)
-        table[name, step] = row | common | {f"weights_{s.name}": s.digest for s in spaces}
+        table[name, step] = row | common | {"code": texts[name, step]} | {
+            f"weights_{s.name}": s.key[:8] for s in spaces}
         write()
-        print(f"step {step:7d}  {name}  copies {float(row['copy_ratio']):.4f}  FID train "
-              f"{float(row[f'fid_{subset.space.name}_train']):.2f}  held-out "
-              f"{float(row[f'fid_{subset.space.name}_heldout']):.2f}", flush=True)
+        shown = {"copies": "copy_ratio", "FID train": f"fid_{subset.space.name}_train",
+                 "held-out": f"fid_{subset.space.name}_heldout"}
+        print(f"step {step:7d}  {name}  " + "  ".join(
+            f"{what} {float(row[column]):.4g}" for what, column in shown.items() if column in row),
+            flush=True)
     write()
 
 
@@ -781,14 +799,18 @@ def measure_denoisers(args, record, device):
             todo[step] = made_of
     if not todo:
         return
-    data = train.data_on(device, train.load_subset(run, record, args.data), classes=True).values()
+    shown, heldout = train.data_on(device, train.load_subset(run, record, args.data),
+                                   classes=True).values()
+    data = train.as_shown(*shown, record["options"]["flip"]), heldout
     rows_of = denoiser_study(process, [(x, k if record["classes"] else 0 * k) for x, k in data],
                              args.patch)
     net = sample.load_net(run, record, device)
     for step, made_of in todo.items():
         sample.load_ema(net, run, record, step)
+        # A network without classes gets none; the references' are all of class 0.
         table["", step] = [{"set": "", "step": step, **row, "made_of": made_of}
-                           for row in rows_of(net)]
+                           for row in rows_of(net if record["classes"] else
+                                              lambda xt, t, _: net(xt, t, None))]
         write_csv(run / "denoisers.csv", [row for key in sorted(table) for row in table[key]])
         print(f"{run}/denoisers.csv: step {step}", flush=True)
 
@@ -900,23 +922,22 @@ def digest_of(*things):
 
 def code_of(function):
     """8 hex digits of the source of a metric and of all in this file that it uses."""
-    sources, names = [source_of(function)], ["Context", "Subset"]
-
-    def look(thing):        # the names that a function, or a class's methods, mention
-        for part in vars(thing).values() if inspect.isclass(thing) else [inspect.unwrap(thing)]:
-            todo = [getattr(part, "__code__", None)]
-            for found in todo:
-                if inspect.iscode(found):
-                    todo += found.co_consts
-                    names.extend(name for name in found.co_names if name not in names)
-    look(function)
-    for name in names:                          # which grows
-        thing = globals().get(name)
-        if getattr(thing, "__module__", "") == __name__:
-            sources.append(source_of(thing))
-            look(thing)
-        elif isinstance(thing, (int, float, str, dict)):
-            sources.append(f"{name} = {thing!r}")
+    things, sources, seen = [function, Context, Subset], [], set()
+    for thing in things:                        # which grows
+        sources.append(source_of(thing))
+        parts = vars(thing).values() if inspect.isclass(thing) else [inspect.unwrap(thing)]
+        parts = [part for part in parts if inspect.isfunction(part)]
+        sources += [digest_of(*(part.__defaults__ or ())) for part in parts]
+        codes = [part.__code__ for part in parts]
+        for code in codes:                      # and so does this: functions within functions
+            codes += filter(inspect.iscode, code.co_consts)
+            for name in sorted({*code.co_names} - seen):
+                seen.add(name)
+                value = globals().get(name)
+                if inspect.isroutine(value) or inspect.isclass(value):
+                    things += [value] * (value.__module__ == __name__ and value not in things)
+                elif isinstance(value, (int, float, str, tuple, dict)):
+                    sources.append(f"{name} = {getattr(value, 'key', value)!r}")
     return digest_of(*sources)[:8]
 
 
@@ -1076,12 +1097,19 @@ def network_space(name, net, digest, flag, *prepare):
     """The Space of a network, whose features stay when other code changes, since they are slow.
     flag: how errors call it; prepare: size, mean and std, as network_features takes them."""
     key = digest_of(name, digest, prepare, network_features, inception_net)
-    return Space(name, lambda images: network_features(net, images, flag, *prepare), digest, key)
+    return Space(name, lambda images: network_features(net, images, flag, *prepare), key)
 
 
 def space_name(path):
     """The word for a network's file in names of columns, whose other words "_" separates."""
     return re.sub(r"[^A-Za-z0-9.-]", "-", Path(path).stem)
+
+
+def default_features(record):
+    """The --features of a run (a record of args.json) where none are given."""
+    size, _, channels = record["image_shape"]
+    small = record["options"]["data"] == "toy" or size < 32 or channels < 3
+    return "pixels" if small else "inception"
 
 
 def load_spaces(args, device):
@@ -1115,6 +1143,22 @@ def sweep_words(flag, values):
     return [[flag] * (v == "on") if is_switch else [flag, *v.split(",")] for v in values]
 
 
+def sweep_options(lists):
+    """The options of sample.py and measure.py that SAMPLE and MEASURE name, for all runs. Raises
+    InputError on those that no run could ever be done with."""
+    for name, flags in (("SAMPLE", "exact steps-only switch"),
+                        ("MEASURE", "denoisers planted twin")):
+        if found := {f"--{flag}" for flag in flags.split()} & {*lists[name]}:
+            raise InputError(f"{name}: {min(found)} is for one run, by hand, when the sweep is done")
+    drawing, args = sample.parse(["", *lists["SAMPLE"]]), parse(["", *lists["MEASURE"]])
+    for flag in ("features", "weights", "sscd"):
+        path = getattr(args, flag)
+        if path not in (None, "inception", "pixels") and not Path(path).is_file():
+            raise InputError(f"MEASURE: --{flag} {path}: no such file (looked for from "
+                             f"{Path.cwd()})")
+    return drawing, args
+
+
 def sweep_rows(lists):
     """The runs of a grid, {name: (words for train.py, its options)}, the longest first.
 
@@ -1122,16 +1166,20 @@ def sweep_rows(lists):
     values, ...}; the first value of an option is its default; the listed options name a run.
     """
     axes = {flag: sweep_words(flag, v) for flag, v in lists.items() if flag.startswith("--")}
+    default, seed = [words[0] for words in axes.values()], list(axes).index("--seed")
+
+    def changed(choice):                        # how many factors are not at their default
+        return sum(a != b for k, (a, b) in enumerate(zip(choice, default, strict=True))
+                   if k != seed)
+    choices = [choice for choice in itertools.product(*axes.values())
+               if lists["DESIGN"] == ["full"] or changed(choice) < 2]
     repeats = sweep_words("--seed", lists["REPEATS"]) if lists["REPEATS"] else []
-    axes["--seed"] = [*axes["--seed"], *repeats]        # those of the default run alone come last
+    choices += [(*default[:seed], words, *default[seed + 1:]) for words in repeats
+                if words not in axes["--seed"]]                     # SEEDS has these already
     # A switch that varies has no place among the options that all runs have.
     common = [word for word in lists["TRAIN"] if [] not in axes.get(word, ())]
-    images, rows, seed = lists["IMAGES"][0], {}, list(axes).index("--seed")
-    for choice in itertools.product(*axes.values()):
-        changed = sum(words != axes[flag][0] and flag != "--seed"
-                      for flag, words in zip(axes, choice, strict=True))
-        if lists["DESIGN"] == ["one"] and changed > 1 or changed and choice[seed] in repeats:
-            continue
+    images, rows = lists["IMAGES"][0], {}
+    for choice in choices:
         words = [word for words in choice for word in words]
         named = train.make_parser().parse_args(words)
         name, epochs_of = train.run_name(named), named.n if images.endswith("N") else 1
@@ -1157,7 +1205,9 @@ def sweep_state(run, options, drawing, args):
         return "not started", options.steps, len(planned), "-", "-"
     record, log = train.read_run(run), train.read_csv(run / "log.csv")
     step, process = int(log[-1]["step"]) if log else 0, train.PROCESSES[options.process]
-    other = train.differences(record, record | {"options": vars(options)})
+    other = train.differences(record, record | {
+        "options": vars(options),
+        "loss_fingerprint": train.loss_fingerprint(process, options.weighting)})
     if Path(record["options"]["data"]).stem != Path(options.data).stem:
         other.append("data")
     if step > options.steps:
@@ -1165,22 +1215,22 @@ def sweep_state(run, options, drawing, args):
     settings = sample.settings_of(drawing, process)
     name, shots = sample.set_name(settings, process), {*planned, *sample.snapshots(run)}
     drawn = {shot for shot in shots if sample.samples_path(run, name, shot).exists()}
-    spaces = {"sscd"} if args.sscd else set()
-    if args.features in ("pixels", "inception"):
-        spaces.add(args.features)
-    elif args.features:
-        spaces.add(re.escape(space_name(args.features)) + "-[0-9a-f]{8}")
-    measured = {}           # rows of enough samples with these settings, in the spaces asked for
-    for key, (row, *_) in rows_by_snapshot(run / "metrics.csv").items():
-        # A setting that is younger than the row had its default.
-        made = {k: row.get(f"setting_{k}") or str(v)
-                for k, v in sample.default_settings(process).items()}
+    features = args.features or default_features(record)
+    spaces = ["sscd"] * bool(args.sscd) + [
+        features if features in ("pixels", "inception") else
+        re.escape(space_name(features)) + "-[0-9a-f]{8}"]
+    defaults, asked = sample.default_settings(process), {k: str(v) for k, v in settings.items()}
+    today = codes_today().items()
+
+    def is_asked(row):      # of enough samples with these settings, by today's metrics, in spaces
+        made = {k: row.get(f"setting_{k}") or str(v) for k, v in defaults.items()}  # or it is older
         columns = [column for column, cell in row.items() if cell]
-        if (key[0] == name and int(row["samples"]) >= (args.num or drawing.num)
-                and made == {k: str(v) for k, v in settings.items()}
-                and all(any(re.fullmatch(f"weights_{space}", column) for column in columns)
-                        for space in spaces)):
-            measured[key[1]] = row
+        return (int(row["samples"]) >= (args.num or drawing.num) and made == asked
+                and today <= codes_of(row).items()
+                and all(any(re.fullmatch(f"weights_{s}", c) for c in columns) for s in spaces))
+    measured = {step: rows[0] for (place, step), rows
+                in rows_by_snapshot(run / "metrics.csv").items() if place == name
+                and is_asked(rows[0])}
     left = len(shots - (drawn & measured.keys()))
     state = (f"another run: {', '.join(other)}" if other else
              f"training, step {step} of {options.steps}" if step < options.steps else
@@ -1224,13 +1274,13 @@ def sweep(argv):
 
     argv: the runs' folder, and a device on which to time the steps that never ran. stdin: lists.
     """
-    lists = {}
+    lists = dict.fromkeys(("TRAIN", "SAMPLE", "MEASURE"), ())
     for key, *values in filter(None, map(str.split, sys.stdin)):
-        if key in lists:
+        if lists.get(key):
             raise InputError(f"{key}: has two lists")
         lists[key] = values
+    drawing, args = sweep_options(lists)
     rows, out = sweep_rows(lists), Path(argv[0])
-    drawing, args = sample.parse(["", *lists["SAMPLE"]]), parse(["", *lists["MEASURE"]])
     speeds = {step_of(options): speed for name, (_, options) in rows.items()
               if (speed := sweep_speed(out / name))}
     for name in lists["ONLY"] or rows:
@@ -1280,6 +1330,14 @@ def parse(argv):
     args = p.parse_args(argv)
     if args.num is not None and args.num < 1:
         raise InputError(f"--num {args.num}: must be at least 1")
+    if args.twin and (args.denoisers or args.planted) or args.denoisers and args.planted:
+        raise InputError("--twin, --denoisers, --planted: one at a time")
+    if (args.twin or args.denoisers) and (args.features or args.sscd or args.weights):
+        raise InputError("--features, --sscd, --weights: --twin and --denoisers compare pixels")
+    if args.denoisers and args.num or args.patch != p.get_default("patch") and not args.denoisers:
+        raise InputError("--num goes without --denoisers, --patch with it")
+    if args.weights and args.features not in (None, "inception"):
+        raise InputError(f"--weights: are Inception's, not those of --features {args.features}")
     if args.patch < 1 or args.patch % 2 == 0:
         raise InputError(f"--patch {args.patch}: must be odd, so that a pixel is in the middle")
     return args
@@ -1290,9 +1348,7 @@ def main(argv=None):
     """Measure whatever is not done. Raises SystemExit(2) on bad input."""
     args = parse(argv)
     record, device = train.read_run(args.run), train.pick_device(args.device)
-    size, _, channels = record["image_shape"]
-    small = record["options"]["data"] == "toy" or size < 32 or channels < 3
-    args.features = args.features or ("pixels" if small else "inception")
+    args.features = args.features or default_features(record)
     with train.locked(args.run, "measure", *WRITTEN), exact_float32():  # some distances are small
         stage = measure_twin if args.twin else measure_denoisers if args.denoisers else measure
         stage(args, record, device)

@@ -16,9 +16,11 @@ Equation numbers: "Song" is arXiv 2010.02502 (DDIM), "Ho" is arXiv 2006.11239 (D
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,8 @@ from tqdm import tqdm
 from train import (
     PROCESSES,
     InputError,
+    amp_dtype,
+    as_shown,
     autocast,
     build_net,
     command_line,
@@ -79,7 +83,8 @@ def ddim_step(process, xt, prediction, t, t_next, eta=0.0, z=None, clip=False):
     x0, eps = process.x0_eps(xt, prediction, t)
     unclamped = x0
     if clip:                                            # as the code of Ho et al. does
-        x0 = x0.nan_to_num(0, 1, -1).clamp(-1, 1)       # 0/0 where a(1) is 0: nothing is known
+        # 0/0 where a(1) is 0: nothing is known. But a prediction that is not finite stays so.
+        x0 = x0.nan_to_num(0, 1, -1).clamp(-1, 1) + 0 * prediction
         eps = (xt - a * x0) / s
     # Song, eq. 16, for any a and s: sigma^2 = eta^2 (s'^2 / s^2) (s^2 - (a / a')^2 s'^2); at eta 1
     # it is the variance of the posterior q(x' | xt, x0) (Ho, eq. 7).
@@ -124,7 +129,8 @@ def exact_denoiser(xt, a, s, images):
     """The posterior mean E[x0 | xt] when x0 is one of `images`, each as likely.
 
     xt (B, C, H, W), images (N, C, H, W), both float, in [-1, 1] for pictures; a, s: numbers or
-    (B,), xt = a x0 + s eps. Returns (B, C, H, W). Memory: 2 B x N floats beyond the inputs.
+    (B,), xt = a x0 + s eps. Returns (B, C, H, W). Memory: another copy of the images, 3 B x N
+    floats.
     """
     x, y = xt.flatten(1), images.flatten(1)
     a, s = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, 1) for v in (a, s))
@@ -170,25 +176,25 @@ def memorizer(process, images, labels=None):
 
 class Samples(NamedTuple):
     """A samples file: images uint8 (n, H, W, C), labels (n,), the settings that made them, the
-    share of values that left the range, and the step ("exact" for the memorizer's).
+    share of values that left the range, the step ("exact" for the memorizer's), all that made it.
     """
     images: np.ndarray
     labels: np.ndarray
     settings: dict
     out_of_range: float
     name: str
+    made: dict
 
 
 def set_name(settings, process):
     """The folder of samples with these settings: what differs from the defaults, "" for none."""
+    def word(key, value):
+        key = {"sampling_steps": "steps"}.get(key, key)
+        if isinstance(value, bool):
+            return key if value else f"no-{key}"
+        return f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
     defaults = default_settings(process)
-    words = []
-    for key, value in settings.items():
-        if value != defaults.get(key):
-            key = {"sampling_steps": "steps"}.get(key, key)
-            words.append((key if value else f"no-{key}") if isinstance(value, bool)
-                         else f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}")
-    return "_".join(words)
+    return "_".join(word(k, v) for k, v in settings.items() if v != defaults.get(k))
 
 
 def sample_sets(run):
@@ -206,9 +212,32 @@ def samples_path(run, name, step):
     return Path(run) / "samples" / name / (f"{step}.npz" if step == "exact" else f"{step:07d}.npz")
 
 
-def write_samples(path, images, labels, settings, out_of_range, run):
-    """A samples file with what made it (settings, the run's identity), and a PNG of the first 64,
-    each atomically.
+def weights_digest(run, *steps):
+    """12 hex digits of the weights in snapshots, "" where one is gone; from their checksums alone.
+    """
+    digest = hashlib.sha256()
+    for path in [Path(run) / f"snapshots/{step:07d}.pt" for step in steps]:
+        if not path.exists():
+            return ""
+        with reading(path), zipfile.ZipFile(path) as archive:
+            digest.update(repr([info.CRC for info in archive.infolist()
+                                if "/data/" in info.filename]).encode())
+    return digest.hexdigest()[:12]
+
+
+def sampler_values(process, settings):
+    """Sixteen numbers that the code of today draws in three steps, of a network known in closed
+    form: if they change, so has the sampler.
+    """
+    steps = min(3, settings["sampling_steps"])
+    x, _ = sample(lambda xt, t, labels: process.predict_given_x0(xt, 0.8 * xt.sin(), t), process,
+                  (1, 4, 4), [(0, 0)], steps, settings["eta"], settings["clip"])
+    return x.flatten().tolist()
+
+
+def write_samples(path, images, labels, settings, out_of_range, run, **made):
+    """A samples file with what made it (settings, the run's identity, `made`), and a PNG of the
+    first 64, each atomically.
     """
     n, H, W, C = images[:64].shape
     sheet = np.full((-(-n // 8) * (H + 1) + 1, 8 * (W + 1) + 1, C), 255, np.uint8)
@@ -219,7 +248,7 @@ def write_samples(path, images, labels, settings, out_of_range, run):
     write_atomic(path.with_suffix(".png"), lambda f: picture.save(f, format="png"))
     write_atomic(path, lambda f: np.savez(
         f, images=images, labels=labels, out_of_range=out_of_range,
-        made_by=json.dumps({"settings": settings, "run": run, "name": path.stem})))
+        made_by=json.dumps({"settings": settings, "run": run, "name": path.stem, **made})))
 
 
 def read_samples(path, run=None):
@@ -229,7 +258,7 @@ def read_samples(path, run=None):
         arrays = read_npz(path)
         made = json.loads(str(arrays["made_by"]))
         found = Samples(arrays["images"], arrays["labels"], dict(made["settings"]),
-                        float(arrays["out_of_range"]), made["name"])
+                        float(arrays["out_of_range"]), made["name"], made)
         if (found.images.dtype != np.uint8 or found.images.ndim != 4
                 or found.labels.shape != found.images.shape[:1]):
             raise ValueError("images or labels of another kind")
@@ -239,19 +268,25 @@ def read_samples(path, run=None):
     return found
 
 
-def is_done(path, settings, num, run, defaults):
+def is_done(path, settings, num, run, defaults, weights="", sampler=()):
     """Whether a samples file holds at least `num` images made with these settings.
 
-    defaults: of settings that the file, being older, lacks. Raises InputError on other settings, or
-    another run's samples.
+    defaults: of settings that the file, being older, lacks; weights, sampler: weights_digest and
+    sampler_values of today. Raises InputError where anything else made it.
     """
     if not path.exists():
         return False
     found = read_samples(path, run)
-    made = defaults | found.settings
-    if made != settings:
-        different = ", ".join(f"{k} {made[k]}" for k in made if made[k] != settings.get(k))
+    settings_then = defaults | found.settings
+    if settings_then != settings:
+        different = ", ".join(f"{k} {v}" for k, v in settings_then.items() if v != settings.get(k))
         raise InputError(f"{path}: was made with {different}; delete it")
+    if found.made.get("weights", weights) not in ("", weights) and weights:
+        raise InputError(f"{path}: was drawn with other weights than the run has now; delete the "
+                         "samples that are older than these, or the whole samples/")
+    if not np.allclose(found.made.get("sampler", sampler), sampler, atol=1e-3):
+        raise InputError(f"{path}: was drawn by another sampler than the code is now; delete it, or "
+                         f"move {path.parent} away")
     return len(found.images) >= num
 
 
@@ -276,6 +311,8 @@ def load_ema(net, run, record, step):
     path = Path(run) / f"snapshots/{step:07d}.pt"
     state = load_checkpoint(path, identity(record), step)
     with reading(path, f"or {run}/args.json describes another network"):
+        if "net" in state:                          # its checksums are not those of the average
+            raise ValueError("a copy of last.pt")
         net.load_state_dict(state["ema"])
 
 
@@ -322,9 +359,13 @@ def parse(argv):
         raise InputError("--num and --batch-size: must be at least 1, --num below 1e8")
     if not 0 <= args.eta <= 1:
         raise InputError(f"--eta {args.eta}: must be 0 to 1")
-    if args.switch and (args.exact or not re.fullmatch(r"[1-9]\d*@0?\.\d*[1-9]", args.switch)):
-        raise InputError(f"--switch {args.switch}: must be a snapshot's step and a time between 0 "
-                         "and 1, say 4096@0.5, without --exact")
+    if args.switch:
+        if args.exact or not re.fullmatch(r"[1-9]\d*@0?\.\d*[1-9]", args.switch):
+            raise InputError(f"--switch {args.switch}: must be a snapshot's step and a time between "
+                             "0 and 1, say 4096@0.5, without --exact")
+        args.switch = args.switch.replace("@.", "@0.")          # one name for one time
+    if args.exact and args.steps_only:
+        raise InputError("--steps-only: --exact draws without a snapshot")
     return args
 
 
@@ -346,17 +387,15 @@ def draw(args, net, process, settings, record, device, name):
     labels = torch.tensor([wanted[i % len(wanted)] if record["classes"] else -1
                            for i in range(args.num + batch)])
     images, outside, finite = [], [], []
+    padded = compiles(device, args.compile)         # what is compiled for one shape serves them all
     with tqdm(total=args.num * settings["sampling_steps"], desc=name, unit="eval",
               unit_scale=True, disable=None, leave=False) as bar:
         for first in range(0, args.num, batch):
-            # What is compiled for one shape serves the last batch, too, if that is full.
-            full = first + batch <= args.num or compiles(device, args.compile)
-            index = range(first, first + batch if full else args.num)
-            label = (send(labels[index.start:index.stop], device) if record["classes"]
-                     else None)
-            x, out = sample(net, process, (C, H, W), [(settings["seed"], i) for i in index],
-                            settings["sampling_steps"], settings["eta"], settings["clip"], label,
-                            device, bar.update)
+            stop = first + batch if padded else min(first + batch, args.num)
+            label = send(labels[first:stop], device) if record["classes"] else None
+            seeds = [(settings["seed"], i) for i in range(first, stop)]
+            x, out = sample(net, process, (C, H, W), seeds, settings["sampling_steps"],
+                            settings["eta"], settings["clip"], label, device, bar.update)
             images.append(to_uint8(x))
             outside.append(out)
             finite.append(x.isfinite().all())
@@ -374,7 +413,8 @@ def network(args, process, record, device):
     """
     if args.exact:
         data = load_subset(args.run, record, args.data)
-        known, labels = (torch.from_numpy(x).to(device) for x in data[:2])
+        known, labels = as_shown(*(torch.from_numpy(x).to(device) for x in data[:2]),
+                                 record["options"]["flip"])
         return (memorizer(process, to_float(known).contiguous(),
                           labels if record["classes"] else None), lambda step: None)
     net = load_net(args.run, record, device)
@@ -406,7 +446,8 @@ def main(argv=None):
     sampling_times(process, settings["sampling_steps"])     # may raise, before any work
     steps = snapshots(args.run)
     wanted = [("--steps-only", step) for step in args.steps_only or ()]
-    wanted += [("--switch", int(args.switch.split("@")[0]))] if args.switch else []
+    second = [int(args.switch.split("@")[0])] if args.switch else []
+    wanted += [("--switch", step) for step in second]
     for flag, step in wanted:
         if step not in steps:
             raise InputError(f"{flag} {step}: {args.run}/snapshots has no snapshot of that step")
@@ -416,8 +457,10 @@ def main(argv=None):
     paths = {name: samples_path(args.run, place, name)
              for name in (["exact"] if args.exact else args.steps_only or steps)}
     with locked(args.run, "sample", "samples/*", "samples/*/*"):
-        todo = {name: path for name, path in paths.items()
-                if not is_done(path, settings, args.num, run, default_settings(process))}
+        made = {name: {"weights": "" if args.exact else weights_digest(args.run, name, *second),
+                       "sampler": sampler_values(process, settings)} for name in paths}
+        todo = {name: path for name, path in paths.items() if not is_done(
+            path, settings, args.num, run, default_settings(process), **made[name])}
         print(f"{args.run}: {len(todo)} of {len(paths)} "
               f"{'controls' if args.exact else 'snapshots'} to sample, {args.num} images each, "
               f"on {device}", flush=True)
@@ -427,7 +470,8 @@ def main(argv=None):
         for name, path in todo.items():
             load(name)
             drawn = draw(args, net, process, settings, record, device, path.stem)
-            write_samples(path, *drawn[:2], settings, drawn[2], run)
+            write_samples(path, *drawn[:2], settings, drawn[2], run, **made[name],
+                          precision=str(amp_dtype(device, args.amp) or torch.float32))
             print(f"{path}: {args.num} images", flush=True)
 
 

@@ -52,7 +52,7 @@ cores=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN || true)} cpus=cpu
 [[ $cores =~ ^[1-9][0-9]*$ ]] || cores=1
 for ((k = 1; k < cores; k++)); do cpus+=" cpu"; done
 
-grid=$1 without_gpu=cpu plotting=()
+grid=$1 without_gpu=cpu plotting=() given=${GPUS:-}
 shift
 digits="--process flow --conditional --mults 1 2 --blocks 1 --embed 128 --eval-images 512"
 digits+=" --first-eval 16"     # before N = 16 has copies
@@ -77,7 +77,7 @@ class)
   ;;
 digits)
   : "${N:=64 16 32 128 256}" "${WIDTH:=32 8 16}" "${BATCH:=32 16 64}" "${LR:=1e-3 3e-4 3e-3}"
-  : "${IMAGES:=500N}" "${GPUS:=$cpus}" "${REPEATS:=1 2}"
+  : "${IMAGES:=500N}" "${GPUS:=$cpus}" "${REPEATS=1 2}"
   DATA=digits TRAIN="$digits ${TRAIN:-}" SAMPLE="--num 128 --sampling-steps 20 ${SAMPLE:-}"
   ;;
 toy)
@@ -196,6 +196,10 @@ if [[ -n $task && -z $only ]]; then
   only=${rows[0]%%$'\t'*}
 fi
 
+if [[ -n $only && -z $given ]]; then        # alone here, as far as we know
+  slots=("${slots[0]}") threads=$cores
+fi
+
 # --- One run --------------------------------------------------------------------------------------
 
 stage() {               # a script of ours with its options, its output to the run's log
@@ -267,9 +271,11 @@ if [[ -z $only ]]; then
   # The lock is the kernel's, on this file descriptor, which Python's end does not close. The runs
   # inherit it: it holds until the last of them has ended, and no longer, however they end.
   exec 9>"$OUT/.lock"
-  lock() { "$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null; }
-  lock || { sleep 2 && lock; } ||
+  lock() { "$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>&1; }
+  if ! error=$(lock) && sleep 2 && ! error=$(lock); then
+    [[ $error == *BlockingIOError* ]] || die "OUT=$OUT: cannot be locked: ${error##*$'\n'}"
     die "OUT=$OUT: another sweep, or a run that one left behind, works in this folder"
+  fi
 fi
 todo=()
 for row in "${rows[@]}"; do

@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -59,6 +60,7 @@ def diffusion_loss(net, process, x0, t, eps, labels=None):
 
 # --- Noise processes: t from 0, the image, to 1, nothing but noise --------------------------------
 
+DDPM_T = 1000                   # DDPM's number of steps; with another, beta is 1000 / DDPM_T times
 
 class Process(NamedTuple):
     """A noise process, and what the network predicts in it.
@@ -107,14 +109,14 @@ class Process(NamedTuple):
 
 @functools.lru_cache
 def _alpha_bar(device):
-    """alpha_bar_k = prod (1 - beta_i), i = 1 .. k, for k = 0 .. 1000, float64 on `device`."""
-    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    """alpha_bar_k = prod (1 - beta_i), i = 1 .. k, for k = 0 .. DDPM_T, float64 on `device`."""
+    beta = torch.linspace(0.1 / DDPM_T, 20 / DDPM_T, DDPM_T, dtype=torch.float64)
     return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)]).to(device)
 
 
 def linear_beta(t):
     """DDPM's a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar); beta is linear (Ho, section 4)."""
-    alpha_bar = _alpha_bar(t.device)[torch.round(t * 1000).long()]
+    alpha_bar = _alpha_bar(t.device)[torch.round(t * DDPM_T).long()]
     return alpha_bar.sqrt().to(t.dtype), (1 - alpha_bar).sqrt().to(t.dtype)
 
 
@@ -127,7 +129,7 @@ def straight_line(t):
 PREDICTIONS = {"eps": lambda a, s: (0, 1), "x0": lambda a, s: (1, 0),
                "v": lambda a, s: (-s, a),               # Salimans, appendix D
                "velocity": lambda a, s: (-1, 1)}        # of the straight line: d xt / dt
-PROCESSES = {"ddpm": Process(linear_beta, PREDICTIONS["eps"], T=1000, clip=True),
+PROCESSES = {"ddpm": Process(linear_beta, PREDICTIONS["eps"], T=DDPM_T, clip=True),
              "flow": Process(straight_line, PREDICTIONS["velocity"])}
 
 
@@ -337,7 +339,7 @@ def train(args, record, out, data, net, device, rank=0, world=1):
     """
     # The network, its moving average, Adam and their step: new, or from last.pt.
     state = set_up(args, record, out, net, device, rank)
-    if state.step == args.steps:
+    if state.step == args.steps and state.evaluated():
         return say(rank, f"{out}: finished at step {state.step}; nothing to do")
     splits = data_on(device, data, record["classes"])       # {"train", "heldout": (images, labels)}
     model = wrap(state.net, args, device, world)            # compiled, in step with other processes
@@ -346,6 +348,8 @@ def train(args, record, out, data, net, device, rank=0, world=1):
                                      initial=state.step * args.batch, disable=rank > 0 or None)
     say(rank, f"{out}: {sum(p.numel() for p in net.parameters()):,} parameters, {args.n} images, "
               f"on {world} x {device.type}, steps {state.step} to {args.steps}")
+    if rank == 0 and state.step == args.steps:      # it was to go on when it was saved here
+        bar.write(save_and_evaluate(state, splits, args, out, math.nan))
     last_saved = time.monotonic()
     for step in range(state.step + 1, args.steps + 1):
         # One step. Nothing in it waits for the device.
@@ -380,7 +384,7 @@ def training_loss(model, split, args, step, rank=0, world=1):
     shape = (args.batch, images.shape[3], *images.shape[1:3])
     index = batch_indices(len(images), args.batch, args.seed, step, device)[share]
     t, eps, flips = (v[share] for v in step_draws(process, shape, args.seed, step, device))
-    torch.manual_seed(seed_of("network", args.seed, step, rank))    # for dropout and the like
+    seed_network(device, args.seed, step, rank)                     # for dropout and the like
     # The images, and how far the network's prediction is from what it should be.
     x0 = to_float(images[index])                                    # (B, C, S, S) in [-1, 1]
     if args.flip:
@@ -407,7 +411,7 @@ def save_and_evaluate(state, splits, args, out, rate):
     """Evaluate; write the snapshot, last.pt and log.csv; return the line to print."""
     losses = {name: evaluate(state.average, PROCESSES[args.process], *split, args.eval_images,
                              args.amp) for name, split in splits.items()}
-    state.rows.append(log_row(state.step, args.batch, rate, state.seconds, **losses))
+    state.rows.append(log_row(state, args, rate, splits["train"][0].device, **losses))
     state.save_snapshot(out)
     state.save(out)                                 # before the log, which must not be ahead of it
     write_csv(out / "log.csv", state.rows)
@@ -454,9 +458,12 @@ def sigmoid_weight(process, t, bias=2.0):
     -dlambda/dt sigmoid(bias - lambda), lambda the log-SNR, weighs the error of eps; it is turned
     into a weight of the error of what the network predicts.
     """
-    t = t.double() if process.T else t.double().clamp(1e-4, 1 - 1e-4)
-    h = 1 / process.T if process.T else 1e-3 * t * (1 - t)
-    before, after = (t - h).clamp(min=1 / process.T if process.T else 0), (t + h).clamp(max=1)
+    if process.T:                               # neighbours among its discrete times
+        t, h, first = t.double(), 1 / process.T, 1 / process.T
+    else:
+        t = t.double().clamp(1e-4, 1 - 1e-4)
+        h, first = 1e-3 * t * (1 - t), 0
+    before, after = (t - h).clamp(min=first), (t + h).clamp(max=1)
     slope = (process.log_snr(after) - process.log_snr(before)) / (after - before)
     a, s, c, d = process.coefficients(t, t)
     return (-slope * torch.sigmoid(bias - process.log_snr(t)) * (a / (a * d - s * c)) ** 2).float()
@@ -471,6 +478,20 @@ def fingerprint(process):
     values = torch.stack([torch.as_tensor(v).expand_as(t) for v in process.coefficients(t, t)])
     values = values.double().mul(1e6).round().long()
     return hashlib.sha256(values.numpy().tobytes() + f"{process.T}".encode()).hexdigest()[:12]
+
+
+def loss_fingerprint(process, weighting):
+    """12 hex digits of the training loss, as the code of today computes it: of one pixel of four
+    values at 63 times, for a network that answers 0 and one that answers 1.
+    """
+    t = process.training_time(torch.arange(1, 64, dtype=torch.float64) / 64)
+    x0 = torch.tensor([-1, -0.4, 0.3, 0.9], dtype=t.dtype).reshape(1, 1, 2, 2).expand(63, -1, -1, -1)
+    losses = torch.stack([
+        WEIGHTINGS[weighting](process, t) * diffusion_loss(
+            lambda xt, t, labels, k=k: torch.full_like(xt, k), process, x0, t, 0.5 - x0.flip(3))
+        for k in (0, 1)])
+    text = " ".join(f"{value:.4g}" for value in losses.flatten().tolist())
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def evaluation_steps(steps, per_doubling=2, first=64):
@@ -573,7 +594,8 @@ def _download_cifar10():
     with needs_torchvision("--data cifar10"):
         from torchvision.datasets import CIFAR10
     try:
-        train, test = (CIFAR10("data", train=train, download=True) for train in (True, False))
+        with one_at_a_time("data"):                 # runs that start together would mix their files
+            train, test = (CIFAR10("data", train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         raise InputError(f"--data cifar10: download failed ({error}); fetch it elsewhere and pass "
                          f"--data FILE.npz with keys {', '.join(KEYS)}") from None
@@ -618,6 +640,9 @@ def load_data(name, n, size=None, offset=0):
                          f"{len(data.train_images)} training images")
     if size and size > data.train_images.shape[1]:
         raise InputError(f"--size {size}: larger than the {data.train_images.shape[1]} pixels "
+                         f"of {name}")
+    if size and data.train_images.shape[1] % size:
+        raise InputError(f"--size {size}: must divide the {data.train_images.shape[1]} pixels "
                          f"of {name}")
     arrays = [array[offset:offset + n] for array in data[:2]] + [array[:HELD_OUT]
                                                                  for array in data[2:]]
@@ -673,6 +698,13 @@ def to_float(images):
 def to_uint8(x):
     """float (B, C, S, S), clamped to [-1, 1], to the nearest uint8 images (B, S, S, C)."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def as_shown(images, labels, flip):
+    """Images (N, S, S, C) and labels (N,) as training shows them: where it flips, their mirror
+    images, too.
+    """
+    return ((torch.cat([images, images.flip(2)]), labels.repeat(2)) if flip else (images, labels))
 
 
 def data_on(device, data, classes):
@@ -740,7 +772,7 @@ def parse(argv):
     if args.steps is not None and args.images is not None:
         raise InputError("--steps and --images: give one of them")
     for name, limit in {"batch": 1e15, "steps": 1e15, "images": 1e15, "first_eval": 1e15,
-                        "evals_per_doubling": 1e3, "eval_images": 1e8, "lr": math.inf}.items():
+                        "evals_per_doubling": 1e3, "eval_images": 1e7, "lr": math.inf}.items():
         value = getattr(args, name)
         if value is not None and not 0 < value < limit:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below "
@@ -854,22 +886,32 @@ class State:
             with reading(path, DELETE_ADVICE):
                 self.net.load_state_dict(last["net"])
                 self.average.load_state_dict(last["ema"])
+                other = changed_settings(self.optimizer, last["optimizer"])
                 self.optimizer.load_state_dict(last["optimizer"])
                 if last["scaler"]:              # empty where the run began without float16
                     self.scaler.load_state_dict(last["scaler"])
                 self.step, self.seconds, self.rows = last["step"], last["seconds"], last["rows"]
+            if other:
+                raise InputError(f"{path}: the optimizer had another {', '.join(other)} than the "
+                                 "code gives it today; use another folder")
         elif logged := read_csv(out / "log.csv"):
             with reading(out / "log.csv", "delete it to train anew"):
-                self.step = int(logged[-1]["step"])
+                self.step, self.rows = int(logged[-1]["step"]), logged
             if self.step < steps:
                 say(rank, f"{out}: last.pt is gone, so this run starts over")
-                self.step = 0
+                self.step, self.rows = 0, []
         if self.step > steps:
             raise InputError(f"--steps {steps}: {out} has been trained to step {self.step} already")
 
+    def evaluated(self):
+        """Whether the weights are those of the last row of log.csv."""
+        return bool(self.rows) and int(self.rows[-1]["step"]) == self.step
+
     def announce(self, out, record):
         """Write args.json where it says something else, and log.csv as last.pt knows it."""
-        if not (out / "args.json").exists() or read_run(out)["options"] != record["options"]:
+        old = read_run(out) if (out / "args.json").exists() else {"options": None}
+        if old["options"] != record["options"]:     # what it began with stays
+            record = record | {k: old[k] for k in ("versions", "git_commit") if k in old}
             write_json(out / "args.json", record | {"checksum": checksum(record)})
         if self.rows:
             write_csv(out / "log.csv", self.rows)
@@ -885,6 +927,13 @@ class State:
         """Write snapshots/STEP.pt, the averaged weights."""
         save(out / f"snapshots/{self.step:07d}.pt",
              {"run": self.run, "step": self.step, "ema": self.average.state_dict()})
+
+
+def changed_settings(optimizer, saved):
+    """The settings (lr, betas, ...) in which an optimizer differs from a saved state of one."""
+    return sorted({k for new, old in zip(optimizer.state_dict()["param_groups"],
+                                         saved["param_groups"], strict=True)
+                   for k in new.keys() & old.keys() - {"params"} if new[k] != old[k]})
 
 
 def describe(args, data, net, classes):
@@ -903,6 +952,7 @@ def describe(args, data, net, classes):
             "labels": np.unique(data.train_labels).tolist(),
             "subset_sha256": hash_of(*data[:2]), "heldout_sha256": hash_of(*data[2:]),
             "process_fingerprint": fingerprint(PROCESSES[args.process]),
+            "loss_fingerprint": loss_fingerprint(PROCESSES[args.process], args.weighting),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__, "cuda": torch.version.cuda},
             "git_commit": commit or "unknown"}
@@ -942,11 +992,13 @@ def checksum(record):
 
 def check_record(record):
     """Raise nearly anything where an option or a field has another type than train.py gives it."""
+    kinds = {None: {str}, str: {str}, int: {int}, float: {int, float}}      # of action.type
     for action in make_parser()._actions[1:]:                       # the first is --help
-        value, kind = record["options"][action.dest], action.type or str
-        kinds = {bool} if action.nargs == 0 else {int, float} if kind is float else {kind}
-        values = value if isinstance(value, list) else [value]
-        if not ({type(v) for v in values} <= kinds or value is action.default is None):
+        value = record["options"][action.dest]
+        if value is action.default is None or action.type not in kinds:     # a type of your own
+            continue
+        wanted = kinds[action.type] if action.nargs != 0 else {bool, type(action.default)}
+        if not {type(v) for v in (value if isinstance(value, list) else [value])} <= wanted:
             raise ValueError(f"{action.dest}: {value}")
     shape, classes, labels = (record[key] for key in ("image_shape", "classes", "labels"))
     numbers = {type(v) for v in (*shape, *labels, classes, record["options"]["steps"])}
@@ -961,8 +1013,9 @@ def differences(old, new):
     """The names of what makes two records those of different runs, sorted; [] for the same run."""
     names = {k for k, value in new["options"].items()
              if k not in (*FREE, "data") and old["options"].get(k) != value}
-    for key, name in (("subset_sha256", "training images"), ("heldout_sha256", "held-out images")):
-        if old.get(key, new[key]) != new[key]:
+    for key, name in (("subset_sha256", "training images"), ("heldout_sha256", "held-out images"),
+                      ("loss_fingerprint", "loss, which the code has changed since")):
+        if old.get(key, new.get(key)) != new.get(key):
             names.add(name)
     return sorted(names)
 
@@ -992,6 +1045,16 @@ def claimed(out, record):
         if old and (different := differences(old, record)):
             raise InputError(f"--out {out}: holds a run with another {', '.join(different)}; "
                              "use another folder")
+        yield
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """Wait until no other process is in such a block on this folder, which is made."""
+    import fcntl
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -1030,20 +1093,21 @@ def load_checkpoint(path, run=None, step=None):
     with reading(path, DELETE_ADVICE):
         check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state.get("run", run), int(state["step"])
-    if found != (run or found[0], found[1] if step is None else step):
-        raise InputError(f"{path}: belongs to another run or step (step {found[1]}); "
+        owner, found = state.get("run", run), int(state["step"])
+    if (run and owner != run) or (step is not None and found != step):
+        raise InputError(f"{path}: belongs to another run or step (step {found}); "
                          f"{DELETE_ADVICE}")
     return state
 
 
-def log_row(step, batch, rate, seconds, train, heldout):
-    """One row of log.csv; train and heldout are what evaluate() returns, seconds of training."""
-    row = {"step": step, "images": step * batch,
+def log_row(state, args, rate, device, train, heldout):
+    """One row of log.csv; train and heldout are what evaluate() returns, rate images/s."""
+    row = {"step": state.step, "images": state.step * args.batch,
            "train_loss": f"{train[0]:.8g}", "heldout_loss": f"{heldout[0]:.8g}"}
     for name, (_, levels) in (("train", train), ("heldout", heldout)):
         row |= {f"{name}_loss_level{k}": f"{value:.8g}" for k, value in enumerate(levels)}
-    return row | {"images_per_second": f"{rate:.1f}", "seconds": f"{seconds:.1f}"}
+    return row | {"images_per_second": f"{rate:.1f}", "seconds": f"{state.seconds:.1f}",
+                  "machine": f"{device.type} --amp {args.amp} torch {torch.__version__}"}
 
 
 # --- The machine ----------------------------------------------------------------------------------
@@ -1089,6 +1153,16 @@ def check_finite(meter, net, step, kept):
                                  f"{state}. A lower --lr usually helps")
 
 
+def seed_network(device, *key):
+    """Seed what a network draws by itself, on the CPU and the device.
+
+    torch.manual_seed does that, too, in 0.2 ms: it asks every kind of device that there could be.
+    """
+    torch.default_generator.manual_seed(seed_of("network", *key))
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed_of("network", *key))
+
+
 def send(x, device, **more):
     """A copy of the CPU tensor x on the device, which the host does not wait for."""
     pinned = x.pin_memory() if torch.device(device).type == "cuda" else x
@@ -1100,7 +1174,7 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
         raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:K")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
@@ -1167,7 +1241,10 @@ def wrap(net, args, device, world):
     """
     graphs = {"mode": "reduce-overhead"} if device.type == "cuda" and world == 1 else {}
     model = compiled(net, device, args.compile, **graphs)
-    return nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    # Looking for unused weights keeps DDP from regrouping gradients after its first step, which
+    # would sum them in another order when a run continues.
+    return (nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1
+            else model)
 
 
 def setup_cuda():
@@ -1414,6 +1491,10 @@ def main(argv=None):
     net = build_net(vars(args), data.train_images.shape[1:], classes)
     out = Path(args.out or f"runs/{run_name(args)}")
     record = describe(args, data, net, classes)
+    try:                                            # for options of your own
+        check_record(json.loads(json.dumps(record)))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"args.json cannot hold these options: {error}") from None
     old = read_run(out) if (out / "args.json").exists() else {"identity": ""}
     record["defaults"] |= old.get("defaults", {})   # identity goes by those of when it was made
     if "identity" in old:                           # older runs have none, nor checks in tables

@@ -232,8 +232,8 @@ def test_a_run_without_a_scaler_goes_on_with_one(tmp_path):
     args = train.parse([*TINY, "--steps", "4"])
     net = train.build_net(vars(args), (8, 8, 3), 0)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    state = train.State(net, net, torch.optim.Adam(net.parameters()), scaler,
-                        train.identity(train.read_run(tmp_path)))
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    state = train.State(net, net, optimizer, scaler, train.identity(train.read_run(tmp_path)))
     state.load(tmp_path, 4)
     assert state.step == 4 and scaler.get_scale() == 2**16
 

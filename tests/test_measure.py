@@ -423,7 +423,7 @@ def test_features_of_an_exported_network(run, tmp_path, refused, capsys):
     measure.main([str(run), "--features", str(path), "--device", "cpu"])
     assert "TorchScript" not in capsys.readouterr().out
     row, digest = metrics(run)[-1], hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    assert row[f"weights_my-net-{digest}"] == digest and float(row["fid_pixels_train"]) > 0
+    assert row[f"weights_my-net-{digest}"] and float(row["fid_pixels_train"]) > 0
     space = measure.load_network("--features", path, torch.device("cpu"))
     data, (images, *_) = train.load_data("toy", 8, 8), sample.read_samples(file_of(run, 16))
     x, y = (space.extract(torch.from_numpy(v)) for v in (images, data.heldout_images[:12]))
@@ -519,7 +519,8 @@ def test_controls_of_a_run(tiny_run):
     assert float(training["sw_pixels_train"]) < float(training["sw_pixels_heldout"])
     # a memorizer's samples are their nearest images
     assert training["kid_pixels_replaced"] == training["kid_pixels_heldout"]
-    columns = {c for c, value in training.items() if value} - {"name", "images", "compared"}
+    columns = {c for c, value in training.items() if value} - {"name", "images", "compared",
+                                                                   "made_of"}
     assert columns <= set(rows[-1])
 
 
@@ -585,6 +586,40 @@ def test_a_new_metric_is_added_to_what_was_measured(run, monkeypatch, capsys):
     assert all(float(r["brightness"]) > 0 for r in metrics(run, "controls.csv") if r["brightness"])
     measure.main([str(run), "--device", "cpu"])
     assert "0 of 5 snapshots" in capsys.readouterr().out
+
+
+def test_a_metric_that_went_and_came_again_changed_is_measured_anew(run, monkeypatch, capsys):
+    def share(limit):
+        def dark(c):
+            """The share of dark pixels."""
+            return {"dark_share": float((c.images < limit).double().mean())}
+        monkeypatch.setattr(measure, "METRICS", (*real, dark))
+        monkeypatch.setattr(measure, "source_of", lambda f: f"{limit}" if f is dark else source(f))
+        measure.main([str(run), "--device", "cpu"])
+        return [float(row["dark_share"]) for row in metrics(run)]
+    real, source = measure.METRICS, measure.source_of
+    first = share(64)
+    monkeypatch.setattr(measure, "METRICS", real)
+    measure.main([str(run), "--device", "cpu"])
+    assert all(a < b for a, b in zip(first, share(200), strict=True))
+
+
+def test_what_a_metric_uses_belongs_to_its_code(monkeypatch):
+    before = measure.code_of(measure.fidelity), measure.code_of(measure.similarity)
+    monkeypatch.setattr(measure.sliced_wasserstein, "__defaults__", (50,))
+    assert measure.code_of(measure.fidelity) != before[0]
+    assert measure.code_of(measure.similarity) == before[1]
+
+
+def test_samples_of_unequal_numbers_are_named(run, capsys):
+    path = file_of(run, 16)
+    found = sample.read_samples(path)
+    sample.write_samples(path, found.images[:6], found.labels[:6], *found[2:4],
+                         train.identity(train.read_run(run)))
+    measure.main([str(run), "--device", "cpu"])
+    assert "6 and 12 images side by side" in capsys.readouterr().err
+    measure.main([str(run), "--device", "cpu", "--num", "6"])
+    assert "side by side" not in capsys.readouterr().err
 
 
 def test_a_changed_metric_is_measured_anew(run, monkeypatch, capsys):
@@ -659,8 +694,12 @@ def test_what_is_wrong_is_said_before_weights_are_loaded(run, refused, monkeypat
     def loaded(*args):
         raise AssertionError("the weights were asked for")
     monkeypatch.setattr(measure, "load_spaces", loaded)
-    refused(measure.main, [run, "--features", "inception", "--twin", "none"], "none")
-    refused(measure.main, [run, "--features", "inception", "--twin", run], "share 8 images")
+    refused(measure.main, [run, "--twin", "none"], "none")
+    refused(measure.main, [run, "--features", "inception", "--twin", "none"], "--twin")
+    refused(measure.main, [run, "--denoisers", "--planted"], "--planted")
+    refused(measure.main, [run, "--patch", "5"], "--patch")
+    refused(measure.main, [run, "--features", "pixels", "--weights", "w.pth"], "--weights")
+    refused(measure.main, [run, "--twin", run], "share 8 images")
     refused(measure.main, [run, "--patch", "2"], "--patch 2")
     (run / "metrics.csv").write_bytes(b"step\n\xff\xfe")
     refused(measure.main, [run, "--features", "inception"], "metrics.csv")

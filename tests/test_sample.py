@@ -3,6 +3,7 @@ input.
 """
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -273,7 +274,55 @@ def test_samples_made_before_an_option_existed_had_its_default(sampled_run, tmp_
     assert sorted(sample.sample_sets(run)) == ["steps5", "steps5_guidance2"]
 
 
+def test_samples_of_other_weights_or_of_another_sampler_are_refused(sampled_run, tmp_path, refused,
+                                                                    monkeypatch, capsys):
+    run = shutil.copytree(sampled_run, tmp_path / "r")
+    argv = [str(run), "--num", "12", "--device", "cpu", "--sampling-steps", "5"]
+    path, real = run / "samples/steps5/0000004.npz", sample.ddim_step
+    for name in ("last.pt", "log.csv"):         # trained anew, to the same bits: nothing to do
+        (run / name).unlink()
+    train.main([*TINY, "--steps", "16", "--out", str(run)])
+    capsys.readouterr()
+    sample.main(argv)
+    assert "0 of 5" in capsys.readouterr().out
+    with monkeypatch.context() as changed:
+        changed.setattr(sample, "ddim_step", lambda *a, **k: [1.01 * x for x in real(*a, **k)])
+        refused(sample.main, argv, path, "another sampler")
+        refused(sample.main, [*argv, "--exact"], "exact.npz", "another sampler")
+        sample.main([*argv, "--eta", "1"])      # another set: nothing is mixed
+    state = torch.load(run / "snapshots/0000004.pt", weights_only=True)
+    state["ema"]["conv_in.bias"] += 1
+    train.save(run / "snapshots/0000004.pt", state)
+    refused(sample.main, argv, path, "other weights")
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_prediction_that_is_not_finite_is_not_drawn(process, bad, sampled_run, tmp_path, refused,
+                                                      monkeypatch):
+    def net(xt, t, labels):
+        return torch.full_like(xt, bad if 0.4 < t[0] < 0.6 else 0.1)
+    x, _ = sample.sample(net, PROCESSES[process], (1, 4, 4), [(0, 0)], 2, clip=True)
+    assert not x.isfinite().any()
+    run = shutil.copytree(sampled_run, tmp_path / "r")
+    monkeypatch.setattr(sample, "network", lambda *_: (net, lambda step: None))
+    refused(sample.main, [run, "--num", "2", "--sampling-steps", "2", "--device", "cpu"],
+            "not finite")
+
+
+def test_the_perfect_memorizer_of_a_run_that_flips_knows_the_mirror_images(tmp_path):
+    run = tmp_path / "r"
+    train.main([*TINY, "--flip", "--n", "2", "--steps", "4", "--out", str(run)])
+    sample.main([str(run), "--exact", "--num", "32", "--sampling-steps", "50", "--device", "cpu"])
+    images = torch.from_numpy(train.load_data("toy", 2, 8).train_images)
+    known = torch.cat([images, images.flip(2)]).float()
+    found = torch.from_numpy(sample.read_samples(run / "samples/steps50/exact.npz").images).float()
+    distance = (found[:, None] - known).square().mean((2, 3, 4)).sqrt()
+    assert distance.amin(1).max() < 8 and set(distance.argmin(1).tolist()) == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize(("more", "words"), [
+    (["--exact", "--steps-only", "4"], ["--steps-only"]),
     (["--switch", "5@0.5"], ["--switch 5", "no snapshot"]), (["--switch", "4"], ["--switch 4"]),
     (["--switch", "4@1"], ["--switch 4@1"]), (["--exact", "--switch", "4@0.5"], ["--exact"]),
     (["--steps-only", "5"], ["--steps-only 5"]),

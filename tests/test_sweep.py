@@ -323,6 +323,8 @@ def test_the_grids(rows):
     assert "N2048_w128_B16_lr1e-4_s0" in found and "N16384_w192_B128_lr4e-4_s0" in found
     assert "_w192_B16_" in next(iter(found))           # the longest first
     assert len(rows("cifar10", SEEDS="0 1 2")) == 42
+    assert len(rows("digits", SEEDS="0 1 2")) == 33     # its REPEATS are among them
+    assert len(rows("digits", REPEATS="")) == 11
     mini = rows("mini")
     assert mini["N1024_w32_B64_lr1e-3_s0"].endswith("--images 741376")
     assert mini["N256_w32_B64_lr1e-3_s0"].endswith("--images 185344")
@@ -350,7 +352,9 @@ def test_any_option_can_vary(rows):
     ({"LR": "1e-3 .001"}, "two values of a list are the same"), ({"SEEDS": "-1"}, "--seed"),
     ({"VARY": "flips off on"}, "--flips: unknown"), ({"VARY": "flip yes"}, "--flip yes"),
     ({"VARY": "n 4 8"}, "--n: has two lists"), ({"VARY": "ema"}, "--ema: has no values"),
-    ({"VARY": "device cpu cuda"}, "two values"), ({"SAMPLE": "--num x[$(touch y)0]"}, "--num")])
+    ({"VARY": "device cpu cuda"}, "two values"), ({"SAMPLE": "--num x[$(touch y)0]"}, "--num"),
+    ({"SAMPLE": "--exact"}, "SAMPLE: --exact"), ({"MEASURE": "--denoisers"}, "MEASURE: --denoisers"),
+    ({"MEASURE": "--features none.pt2"}, "MEASURE: --features none.pt2: no such file")])
 def test_bad_lists_are_refused_by_name(rows, capsys, change, word):
     with pytest.raises(SystemExit) as stop:
         rows("toy", **change)
