@@ -1334,12 +1334,12 @@ def parse(argv):
         raise InputError("--twin, --denoisers, --planted: one at a time")
     if (args.twin or args.denoisers) and (args.features or args.sscd or args.weights):
         raise InputError("--features, --sscd, --weights: --twin and --denoisers compare pixels")
+    if args.patch < 1 or args.patch % 2 == 0:
+        raise InputError(f"--patch {args.patch}: must be odd, so that a pixel is in the middle")
     if args.denoisers and args.num or args.patch != p.get_default("patch") and not args.denoisers:
         raise InputError("--num goes without --denoisers, --patch with it")
     if args.weights and args.features not in (None, "inception"):
         raise InputError(f"--weights: are Inception's, not those of --features {args.features}")
-    if args.patch < 1 or args.patch % 2 == 0:
-        raise InputError(f"--patch {args.patch}: must be odd, so that a pixel is in the middle")
     return args
 
 

@@ -25,6 +25,7 @@ between evaluations in log step. Copies are counted above the null. Nothing here
 
 import argparse
 import collections
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -57,13 +58,13 @@ FACTORS = {"n": Factor("training images N", "N", "step x (smallest N) / N", lamb
            "width": Factor("base width", "width", None, None),
            "batch": Factor("batch size B", "B", "step x B / (smallest B)", lambda v, low: v / low),
            "lr": Factor("learning rate", "lr", "step x lr / (smallest lr)", lambda v, low: v / low)}
-# The definitions of tau_mem.
+# The definitions of tau_mem. copy_05 and heldout_10, say, would be understood, too.
 TAUS = {"heldout_min": "held-out loss lowest", "heldout_25": "held-out loss 25 % up",
         "copy_01": "copy ratio .01", "copy_10": "copy ratio .1", "copy_50": "copy ratio .5",
         "denoisers": "nearer to the memorizer than to any other denoiser",
         **{f"level{k}": f"held-out loss lowest, t {k / 10:.1f} to {(k + 1) / 10:.1f}"
            for k in range(10)}}
-COPY_LEVELS = {"copy_01": 0.01, "copy_10": 0.1, "copy_50": 0.5}     # above the null
+COPY_LEVELS = {name: int(name[5:]) / 100 for name in TAUS if name.startswith("copy_")}  # + null
 
 # --- Reading --------------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ def columns_of(rows, path):
     if rows and not by_step:
         raise PlotError(f"{path}: no column 'step' with numbers")
     columns = {name: np.array([number(by_step[s].get(name)) for s in sorted(by_step)])
-               for name in (rows[0] if rows else ())}
+               for name in (rows[0] if rows else ()) if "digest" not in name}
     return {name: values for name, values in columns.items() if np.isfinite(values).any()}
 
 
@@ -440,9 +441,11 @@ class Slice(dict):
 
 
 def longest(runs):
-    """One run per setting, set of samples and seed: the one that got farthest."""
+    """One run per setting, set of samples and seed: of those that were measured, if any, the one
+    that got farthest.
+    """
     same = grouped(runs, lambda run: (run.key(), run.set, run.seed)).values()
-    return [max(group, key=lambda run: run.last_step) for group in same]
+    return [max(group, key=lambda run: (bool(run.metrics), run.last_step)) for group in same]
 
 
 def slices_of(runs, factor):
@@ -574,11 +577,11 @@ def onsets(run):
             found[name] = math.nan
         elif name.startswith(("heldout_min", "level")):
             found[name] = lowest(steps, values)
-        elif name == "heldout_25":              # after the lowest, not on the way down
-            k = int(np.argmin(values))
-            found[name] = crossing(steps[k:], values[k:], 1.25 * values[k])
+        elif name.startswith("heldout_"):       # after the lowest, not on the way down
+            k, rise = int(np.argmin(values)), 1 + int(name.removeprefix("heldout_")) / 100
+            found[name] = crossing(steps[k:], values[k:], rise * values[k])
         else:
-            found[name] = crossing(steps, values, COPY_LEVELS.get(name, 0.0))
+            found[name] = crossing(steps, values, 0.0 if name == "denoisers" else COPY_LEVELS[name])
     return found
 
 
@@ -743,7 +746,8 @@ def rate(high):
 def scatter(runs, statistic):
     """(variance between runs of one setting, degrees of freedom, whether borrowed).
 
-    Pooled over all settings; the study's own where these runs have no repeats.
+    Pooled over all settings; the study's own where these runs have no repeats. It holds a part of
+    the errors that the points carry, too, so that intervals are rather too wide than too narrow.
     """
     points = [[point.value for point in map(statistic, group) if point and not point.bound]
               for group in grouped(runs, Run.key).values()]
@@ -757,7 +761,10 @@ def scatter(runs, statistic):
 
 
 def fit_line(x, y, variance, bound):
-    """(slope, intercept, standard error of the slope) of a line with known errors. Arrays (n,).
+    """(slope, intercept, standard error of the slope, misfit) of a line with known errors.
+
+    Arrays (n,). misfit: Birge's ratio, by which points that are not bounds lie farther from the
+    line than their errors let expect, at least 1.
 
     By maximum likelihood; a bound is replaced by its expectation beyond it (Tobit), so that one
     which the line satisfies with ease hardly counts.
@@ -776,7 +783,9 @@ def fit_line(x, y, variance, bound):
             break
     weight = weight * np.where(bound, hazard * (hazard - z), 1)
     spread = (weight * (x - np.average(x, weights=weight))**2).sum()
-    return slope, float(line[0] - slope * x[0]), 1 / math.sqrt(spread)
+    exact = bound == 0
+    misfit = (((y - line) / sigma)[exact]**2).sum() / max(exact.sum() - 2, 1)
+    return slope, float(line[0] - slope * x[0]), spread**-0.5, math.sqrt(max(1, misfit))
 
 
 def exponent(groups, runs, statistic):
@@ -797,14 +806,15 @@ def exponent(groups, runs, statistic):
         return Result("fewer than three values reached it")
     fits = [fit_line(x[use], y[use], variance[use] + between, bound[use])
             for use in (bound == 0, np.isfinite(bound))]
-    half, total = t95(dof), sum(map(len, groups.values()))
+    # Where the points leave the line, it is no power law, and its slope is known less well.
+    half, total = t95(dof) * fits[0][3], sum(map(len, groups.values()))
     text = f"{len({*x})} values, {total} runs"
     for count, what in (((bound > 0).sum(), "not reached"), ((bound < 0).sum(), "upper bounds"),
                         (total - len(x), "not measured")):
         text += f", {count} {what}" if count else ""
     return Result(f"{text}; scatter {math.sqrt(between):.2g}", fits[0][0],
-                  min(slope - half * error for slope, _, error in fits),
-                  max(slope + half * error for slope, _, error in fits), borrowed, fits[0][1])
+                  min(slope - half * error for slope, _, error, _ in fits),
+                  max(slope + half * error for slope, _, error, _ in fits), borrowed, fits[0][1])
 
 
 # --- Claims: the study's --------------------------------------------------------------------------
@@ -849,22 +859,24 @@ def rate_spread(groups, runs):
                   borrowed)
 
 
-def equal_distances(runs):
-    """Claim 1: by which factor SW train / SW held-out changes as copies appear.
+def equal_distances(kind, runs):
+    """Claim 1: by which factor a distance to train / to held-out ("sw", "fid") changes by copies.
 
-    Only where both splits are as many images: the training images as many as the samples, or more.
+    Only where both splits are as many images: the training images as many as the samples, or more;
+    and where copy ratio .1 is reached.
     """
     changes = []
     for run in runs:
-        steps, (train, heldout) = paired(run, "sw_SPACE_train", "sw_SPACE_heldout")
-        after = steps > onsets(run)["copy_01"]
+        steps, (train, heldout) = paired(run, f"{kind}_SPACE_train", f"{kind}_SPACE_heldout")
+        before = steps <= onsets(run)["copy_01"]
+        upto = np.flatnonzero(~before & (steps <= onsets(run)["copy_50"]))
         enough = run.options.get("n", math.inf) >= sample_count(run)
-        if enough and after.any() and not after.all():
+        if enough and math.isfinite(onsets(run)["copy_10"]) and before.any() and len(upto):
             ratio = np.log(train / heldout)
-            changes.append(np.median(ratio[after]) - np.median(ratio[~after]))
+            changes.append(ratio[upto[-1]] - np.median(ratio[before]))
     if len(changes) < 3:
-        return Result("fewer than three runs with copies and with as many training images as "
-                      "samples")
+        return Result("fewer than three runs that reach copy ratio .1 and have as many training "
+                      "images as samples")
     mean, error = np.mean(changes), np.std(changes, ddof=1) / math.sqrt(len(changes))
     half = t95(len(changes) - 1) * error
     least, most, *interval = (math.exp(change) for change in (
@@ -903,16 +915,27 @@ def double_descent(runs):
 
 
 def gains_before(runs):
-    """Claim 7: the share of runs whose best fidelity lies before their first copies."""
-    ratios = []
+    """Claim 7: the share of runs whose best fidelity lies before their first copies.
+
+    Only where copy ratio .1 is reached, and the two differ by more than two of their errors.
+    """
+    ratios, hits = [], []
     for run in runs:
         steps, distance = run.column("sw_SPACE_heldout")
+        errors = run.by_step("sw_error_SPACE_heldout")
         before = steps <= onsets(run)["copy_01"]
         after = ~before & (steps <= onsets(run)["copy_50"])
-        if after.any() and before.any():
-            ratios.append(distance[after].min() / distance[before].min())
+        if after.any() and before.any() and math.isfinite(onsets(run)["copy_10"]):
+            first, then = (min(zip(distance[part], steps[part], strict=True))
+                           for part in (before, after))
+            error = math.hypot(*(errors.get(step, 0) / value for value, step in (first, then)))
+            ratios.append(then[0] / first[0])
+            if abs(math.log(ratios[-1])) > 2 * error:
+                hits.append(ratios[-1] > 1)
     span = f", {min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
-    return share_of_runs([ratio > 1 for ratio in ratios], f"with copies{span}")
+    return share_of_runs(hits, f"that reach copy ratio .1{span}"
+                         + f", {len(ratios) - len(hits)} more within two errors"
+                         * (len(ratios) > len(hits)))
 
 
 Claim = collections.namedtuple("Claim", "number text statistic where region factor test")
@@ -923,9 +946,11 @@ ONSET, BY_BEST = (functools.partial(exponent, statistic=s) for s in (onset("held
 # A claim, the statistic that decides it, the region where it holds, in words and in numbers, the
 # factor whose sweep it needs, and the function that gives the Result.
 CLAIMS = [Claim(*row) for row in (
-    ("1", "Distances to train and held-out stay nearly equal: they do not see copying",
-     "SW train / SW held-out, median after copy ratio .01 over median before",
-     "within a factor of 1.25", (1 / 1.25, 1.25), None, equal_distances),
+    *((number, f"{name} to train and held-out stay nearly equal: it does not see copying",
+       f"{name} train / {name} held-out, last up to copy ratio .5 over median before .01",
+       "within a factor of 1.25", (1 / 1.25, 1.25), None,
+       functools.partial(equal_distances, name.lower())) for number, name in (("1a", "SW"),
+                                                                              ("1b", "FID"))),
     ("2", "FID and SW show a double descent, against both splits, in step",
      "both rise by 1.5 after their best, then fall by 1.1; bests within one evaluation",
      *OFTEN, None, double_descent),
@@ -1093,7 +1118,8 @@ def claims_text(runs, found, study):
         text += ["Slopes of the onset of memorization, log-log, by its definition:",
                  markdown(["onset", *(factor_of(name).label for name in found)], rows)]
 
-    columns = ["run", "last_step", *(f"tau_{name}" for name in taus), "best_sw_heldout",
+    columns = ["run", "last_step", *(f"tau_{name}" for name in taus if "level" not in name),
+               "best_sw_heldout",
                "best_sw_step", "hump_step", "keep_step", "last_copy_ratio", "null_copy_ratio"]
     rows = [[row[column] or "-" for column in columns] for row in map(summarize, runs)]
     text += ["Onsets in steps (>: not reached), best fidelity (<: still improving), the peak of SW"
@@ -1114,10 +1140,14 @@ def curve_rows(run):
         for step in sorted(set().union(*columns.values()))]
 
 
+WRITTEN = []            # every file of this call, see report
+
+
 def write(path, data):
     """Write bytes or text through a temporary file."""
     if isinstance(data, str):
         data = data.encode(errors="backslashreplace")
+    WRITTEN.append(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
@@ -1230,6 +1260,9 @@ def tick_text(value, _):
 
 def dress(axis, title="", scale="linear", xlabel=""):
     """Title, scales and few, readable ticks of a panel against training steps."""
+    if not any(len(line.get_xdata()) for line in axis.lines):
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
+        return axis.set(title=title, xlabel=xlabel)
     axis.set(title=title, xlabel=xlabel, xscale="log", yscale="log" if scale == "log" else "linear")
     if scale == "share":
         axis.set_ylim(-0.04, 1.04)
@@ -1424,9 +1457,10 @@ def plot_copier(run, path):
             else:
                 rows.setdefault(f"{name} (*)", np.full(len(values), math.nan))
 
-    def last_below(name):                       # from then on, the metric sees copies
-        return max(np.flatnonzero(~(rows[name] >= 0.5)), default=-1)
-    names = sorted(rows, key=last_below)
+    def order(name):                            # by the step from which on it sees copies
+        seen = np.where(np.abs(rows[name] - 0.5) <= 0.8, rows[name], -9)
+        return max(np.flatnonzero(seen < 0.5), default=-1), -seen[-1]
+    names = sorted(rows, key=order)
     figure, axis = plt.subplots(figsize=(9.5, 0.33 * len(rows) + 2))
     image = heat(axis, np.ma.masked_outside([rows[name] for name in names], -0.3, 1.3),
                  [f"{step:,.0f}" for step in steps], names, [GREEN, "#f4f4f4", RED], vmin=0, vmax=1)
@@ -1444,7 +1478,7 @@ def plot_denoisers(run, path):
     # of each kind of inputs: (reference, level, step, median and the ends of its interval)
     cells = {kind: np.full((len(names), 10, len(steps), 3), math.inf) for kind in inputs}
     for row in rows:
-        if row["inputs"] in inputs and row["reference"] in names:
+        if row["inputs"] in inputs:             # REFERENCES needs the colour of a new one
             place = (names.index(row["reference"]), int(number(row["level"])),
                      steps.index(number(row["step"])))
             cells[row["inputs"]][place] = [number(row[c]) for c in ("median", "low", "high")]
@@ -1458,7 +1492,9 @@ def plot_denoisers(run, path):
         dress(axes[level], f"{LEVEL_PANELS[f'level{level}'][0]}, its own path", "log")
     axes[levels[0]].set_ylabel("rms distance to the network's x0")
     for kind, text in inputs.items():
-        heat(axes[kind], cells[kind][..., 0].argmin(0), [f"{step:,.0f}" for step in steps],
+        medians = cells[kind][..., 0]
+        nearest = np.ma.masked_where(np.isinf(medians).all(0), medians.argmin(0))
+        heat(axes[kind], nearest, [f"{step:,.0f}" for step in steps],
              [title for title, _, _ in LEVEL_PANELS.values()], [*REFERENCES.values()],
              origin="lower", vmin=0, vmax=len(names) - 1)
         axes[kind].set_title(f"nearest reference on {text}")
@@ -1619,7 +1655,7 @@ def plot_onset(factor, groups, path, runs):
 
     An arrow: the onset lies beyond. runs: all that are judged, for the scatter.
     """
-    numeric, note = all(map(has_log, groups)), "bars: 95 % intervals; definitions side by side"
+    numeric, note = all(map(has_log, groups)), "bars: 95 %, each run's own errors; side by side"
     names = [name for name in TAUS if "level" not in name and any(
         math.isfinite(onsets(run)[name]) for group in groups.values() for run in group)]
     figure, axis = plt.subplots(figsize=(10.5, 4.8))
@@ -1722,19 +1758,12 @@ def draw_all(runs, found, folder, study):
 def report(roots, study, ignore=()):
     """Draw, judge and print everything below the roots; the messages of unreadable runs.
 
-    A file written anew has a new inode; what an earlier call left and this one did not is removed,
-    but not beside tables, from which pictures cannot be drawn again.
+    What an earlier call drew (it left a list, .drawn) and this one did not is removed, but not
+    beside tables, from which pictures cannot be drawn again.
     """
-    damaged, old = [], {}
+    damaged, WRITTEN[:] = [], []
     groups = (find_runs(*roots, damaged=damaged, ignore=ignore) if roots else
               {Path("paper_figures"): study_runs()})
-    if roots and run_folders(Path(roots[0])):
-        kinds = {name.split("_")[0] for name, *_ in RUN_FIGURES} | {"sweep", "onset", "switch"}
-        for folder in groups:                   # figures/, or a folder of a family in it
-            folder = folder.parent if folder.parent.name == "figures" else folder
-            old |= {file: file.stat().st_ino for file in folder.rglob("*.*")
-                    if file.name in ("claims.md", "summary.csv", "runs.csv")
-                    or file.suffix in (".png", ".gif") and file.stem.split("_")[0] in kinds}
     study = study and bool(roots)
     for folder, runs in groups.items():
         found = sweeps(runs)
@@ -1743,9 +1772,15 @@ def report(roots, study, ignore=()):
         print(f"{folder}: {len(runs)} run{'s' * (len(runs) > 1)} drawn")
         print("\n".join(map(run_text, runs)) if len(usual(runs)) == 1 else
               (folder / "claims.md").read_text(encoding="utf-8"))
-    for file, inode in old.items():
-        if file.exists() and file.stat().st_ino == inode:
-            file.unlink()
+    if roots and not damaged and run_folders(Path(roots[0])):
+        for place in {folder.parent if folder.parent.name == "figures" else folder
+                      for folder in groups}:
+            now = {str(path.relative_to(place)) for path in WRITTEN if path.is_relative_to(place)}
+            with contextlib.suppress(FileNotFoundError):
+                for name in {*(place / ".drawn").read_text(encoding="utf-8").split("\n")} - now:
+                    if name and (place / name).resolve().is_relative_to(place.resolve()):
+                        (place / name).unlink(missing_ok=True)
+            write(place / ".drawn", "\n".join(sorted(now)))
     return damaged
 
 

@@ -265,7 +265,16 @@ def test_everything_is_drawn(tmp_path):
     assert {"film_N16_s0.gif", "twins_N16_s0_other.png", "film_N32_s0.gif"} <= names
     assert {name for name in names if "N16_s1" in name} == {"run_N16_s1.png"}   # a second seed
     assert {"sweep_n.png", "onset_n.png"} <= names
-    assert not [name for name in names if name.startswith(".")]
+    assert [name for name in names if name.startswith(".")] == [".drawn"]
+
+
+def test_a_sweep_that_is_not_measured_yet_is_drawn(tmp_path):
+    for run in (made_up(tmp_path, n=n) for n in (16, 32)):
+        for path in run.rglob("*.*"):
+            if path.name not in ("args.json", "log.csv"):
+                path.unlink()
+    plot.main([str(tmp_path)])
+    assert {"sweep_n.png", "onset_n.png"} <= {p.name for p in (tmp_path / "figures").iterdir()}
 
 
 @pytest.fixture
@@ -340,6 +349,8 @@ def test_nothing_is_written_or_removed_in_the_other_roots(tmp_path, undrawn, cap
         folder.mkdir(exist_ok=True)
         stale.append(folder / "run_gone.png")
         stale[-1].write_bytes(b"")
+        if folder.name == "figures":
+            (folder / ".drawn").write_text("run_gone.png")
     other = files_of(tmp_path / "b") | files_of(tables)
     roots = [str(root) for root in (tmp_path / "a", tmp_path / "b", tables)]
     plot.main(roots)
@@ -347,7 +358,7 @@ def test_nothing_is_written_or_removed_in_the_other_roots(tmp_path, undrawn, cap
     assert files_of(tmp_path / "b") | files_of(tables) == other
     assert not stale[0].exists()
     assert {path.name for path in (tmp_path / "a/figures").iterdir()} == {
-        "runs.csv", "summary.csv", "controls.csv", "claims.md"}
+        "runs.csv", "summary.csv", "controls.csv", "claims.md", ".drawn"}
     first = files_of(tmp_path / "a")
     plot.main(roots[::-1])                          # a root of tables first: beside its tables
     assert files_of(tmp_path / "a") == first and stale[2].exists()
