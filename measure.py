@@ -639,7 +639,8 @@ def measure_samples(args, batch, drawn, subset, table, columns, common):
             table[name, step] = row | common
         # What a metric that is gone was measured by stays, in case that it comes again, changed.
         texts[name, step] = " ".join(f"{k}:{v}" for k, v in (codes_of(row) | code).items())
-        lacking = [m for m, names in columns.items() if not all(row.get(k) for k in names)]
+        lacking = [m for m, names in columns.items() if m.__name__ not in codes_of(row)
+                   or not all(row.get(k) for k in names)]
         path = run / "neighbours" / name / f"{step:07d}.npz"
         if lacking or not has_neighbours(path, digest, step):
             todo.append((name, step, digest, lacking, path))
@@ -968,6 +969,9 @@ def open_samples(run, record, name, step, num=None):
     path, shape = sample.samples_path(run, name, step), tuple(record["image_shape"])
     samples = sample.read_samples(path, train.identity(record))
     count = len(samples.images)
+    if sample.others(samples.made, sample.weights_today(run, record, samples.settings, step)):
+        raise InputError(f"{path}: was drawn by other weights than the run has now; delete it and "
+                         "run sample.py again")
     if not count or samples.images.shape[1:] != shape:
         raise InputError(f"{path}: {samples.images.dtype} {samples.images.shape}, "
                          f"must be uint8 (num, {', '.join(map(str, shape))})")
@@ -1214,7 +1218,13 @@ def sweep_state(run, options, drawing, args):
         other.append(f"last step, {step}")
     settings = sample.settings_of(drawing, process)
     name, shots = sample.set_name(settings, process), {*planned, *sample.snapshots(run)}
-    drawn = {shot for shot in shots if sample.samples_path(run, name, shot).exists()}
+    drawn, sampler = set(), sample.sampler_values(process, settings)
+    for shot in shots:
+        if (path := sample.samples_path(run, name, shot)).exists():
+            drawn.add(shot)
+            if what := sample.others(sample.made_by(path), sample.weights_today(
+                    run, record, settings, shot), sampler):
+                other.append(f"{what}, which drew {path.relative_to(run)}")
     features = args.features or default_features(record)
     spaces = ["sscd"] * bool(args.sscd) + [
         features if features in ("pixels", "inception") else
@@ -1255,7 +1265,8 @@ def step_of(options):
 def sweep_speed(run):
     """(images per second, parameters) of a run that has got somewhere, else None."""
     with contextlib.suppress(InputError, LookupError, TypeError, ValueError):
-        return (max(0.05, float(train.read_csv(run / "log.csv")[-1]["images_per_second"])),
+        rates = [float(row["images_per_second"]) for row in train.read_csv(run / "log.csv")]
+        return (max(0.05, [rate for rate in rates if math.isfinite(rate)][-1]),
                 int(train.read_run(run)["parameters"]))
 
 

@@ -1772,15 +1772,17 @@ def report(roots, study, ignore=()):
         print(f"{folder}: {len(runs)} run{'s' * (len(runs) > 1)} drawn")
         print("\n".join(map(run_text, runs)) if len(usual(runs)) == 1 else
               (folder / "claims.md").read_text(encoding="utf-8"))
-    if roots and not damaged and run_folders(Path(roots[0])):
+    if roots and run_folders(Path(roots[0])):
         for place in {folder.parent if folder.parent.name == "figures" else folder
                       for folder in groups}:
-            now = {str(path.relative_to(place)) for path in WRITTEN if path.is_relative_to(place)}
+            now, old = {str(path.relative_to(place)) for path in WRITTEN
+                        if path.is_relative_to(place)}, set()
             with contextlib.suppress(FileNotFoundError):
-                for name in {*(place / ".drawn").read_text(encoding="utf-8").split("\n")} - now:
-                    if name and (place / name).resolve().is_relative_to(place.resolve()):
-                        (place / name).unlink(missing_ok=True)
-            write(place / ".drawn", "\n".join(sorted(now)))
+                old = {*(place / ".drawn").read_text(encoding="utf-8").split("\n")} - {"", *now}
+            for name in [] if damaged else old:
+                if (place / name).resolve().is_relative_to(place.resolve()):
+                    (place / name).unlink(missing_ok=True)
+            write(place / ".drawn", "\n".join(sorted(now | old if damaged else now)))
     return damaged
 
 

@@ -268,11 +268,40 @@ def read_samples(path, run=None):
     return found
 
 
-def is_done(path, settings, num, run, defaults, weights="", sampler=()):
+def made_by(path):
+    """What made a samples file, a dict, without reading its images. Raises InputError."""
+    with reading(path, "delete it and run sample.py again"), np.load(path) as arrays:
+        return dict(json.loads(str(arrays["made_by"])))
+
+
+def weights_today(run, record, settings, name):
+    """The weights_digest of all that samples of a snapshot are drawn with; of "exact", whose images
+    belong to the run, whether they are mirrored.
+    """
+    if name == "exact":
+        return "mirrored" * record["options"]["flip"]
+    switch = settings.get("switch")
+    return weights_digest(run, name, *([int(switch.split("@")[0])] if switch else []))
+
+
+def others(made, weights, sampler=None):
+    """What made a samples file that is another today: "weights", "sampler" or "".
+
+    made: of Samples; weights, sampler: weights_today, sampler_values. A file that is older than
+    these checks passes, unless it is a memorizer's without mirror images. Weights that are gone
+    today pass.
+    """
+    if weights and made.get("weights", "" if weights == "mirrored" else weights) != weights:
+        return "weights"
+    then = made.get("sampler")
+    return "" if None in (then, sampler) or np.allclose(then, sampler, atol=1e-3) else "sampler"
+
+
+def is_done(path, settings, num, run, defaults, weights, sampler):
     """Whether a samples file holds at least `num` images made with these settings.
 
-    defaults: of settings that the file, being older, lacks; weights, sampler: weights_digest and
-    sampler_values of today. Raises InputError where anything else made it.
+    defaults: of settings that the file, being older, lacks; weights, sampler: see others. Raises
+    InputError where anything else made it.
     """
     if not path.exists():
         return False
@@ -281,12 +310,9 @@ def is_done(path, settings, num, run, defaults, weights="", sampler=()):
     if settings_then != settings:
         different = ", ".join(f"{k} {v}" for k, v in settings_then.items() if v != settings.get(k))
         raise InputError(f"{path}: was made with {different}; delete it")
-    if found.made.get("weights", weights) not in ("", weights) and weights:
-        raise InputError(f"{path}: was drawn with other weights than the run has now; delete the "
-                         "samples that are older than these, or the whole samples/")
-    if not np.allclose(found.made.get("sampler", sampler), sampler, atol=1e-3):
-        raise InputError(f"{path}: was drawn by another sampler than the code is now; delete it, or "
-                         f"move {path.parent} away")
+    if what := others(found.made, weights, sampler):
+        raise InputError(f"{path}: was drawn by another {what} than there is now; delete what is "
+                         f"older than that in {path.parent}, or move it away")
     return len(found.images) >= num
 
 
@@ -446,8 +472,7 @@ def main(argv=None):
     sampling_times(process, settings["sampling_steps"])     # may raise, before any work
     steps = snapshots(args.run)
     wanted = [("--steps-only", step) for step in args.steps_only or ()]
-    second = [int(args.switch.split("@")[0])] if args.switch else []
-    wanted += [("--switch", step) for step in second]
+    wanted += [("--switch", int(args.switch.split("@")[0]))] if args.switch else []
     for flag, step in wanted:
         if step not in steps:
             raise InputError(f"{flag} {step}: {args.run}/snapshots has no snapshot of that step")
@@ -457,8 +482,9 @@ def main(argv=None):
     paths = {name: samples_path(args.run, place, name)
              for name in (["exact"] if args.exact else args.steps_only or steps)}
     with locked(args.run, "sample", "samples/*", "samples/*/*"):
-        made = {name: {"weights": "" if args.exact else weights_digest(args.run, name, *second),
-                       "sampler": sampler_values(process, settings)} for name in paths}
+        sampler = sampler_values(process, settings)
+        made = {name: {"weights": weights_today(args.run, record, settings, name),
+                       "sampler": sampler} for name in paths}
         todo = {name: path for name, path in paths.items() if not is_done(
             path, settings, args.num, run, default_settings(process), **made[name])}
         print(f"{args.run}: {len(todo)} of {len(paths)} "

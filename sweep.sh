@@ -196,7 +196,7 @@ if [[ -n $task && -z $only ]]; then
   only=${rows[0]%%$'\t'*}
 fi
 
-if [[ -n $only && -z $given ]]; then        # alone here, as far as we know
+if [[ -n $task && -z $given ]]; then        # the only one in what Slurm gave
   slots=("${slots[0]}") threads=$cores
 fi
 
@@ -207,12 +207,15 @@ stage() {               # a script of ours with its options, its output to the r
 }
 
 run_one() {             # the row $1 on `device`
-  local name=${1%%$'\t'*} options more
+  local name state options more
+  IFS=$'\t' read -r name state _ <<<"$1"
   read -r -a options <<<"${1##*$'\t'}"
   echo "start  $name"
-  stage train.py "${options[@]}" --out "$OUT/$name" --device "$device" || return 1
-  read -r -d '' -a more <<<"$SAMPLE" || true
-  stage sample.py "$OUT/$name" --device "$device" ${more[@]+"${more[@]}"} || return 1
+  if [[ $state != measuring* ]]; then   # for which the weights may be gone (KEEP)
+    stage train.py "${options[@]}" --out "$OUT/$name" --device "$device" || return 1
+    read -r -d '' -a more <<<"$SAMPLE" || true
+    stage sample.py "$OUT/$name" --device "$device" ${more[@]+"${more[@]}"} || return 1
+  fi
   read -r -d '' -a more <<<"$MEASURE" || true
   stage measure.py "$OUT/$name" --device "$device" ${more[@]+"${more[@]}"} || return 1
   if [[ $KEEP != all ]]; then only=$name && ask && tidy "${rows[0]}"; fi

@@ -609,13 +609,14 @@ def resize(images, size):
     return torch.cat(parts).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def load_data(name, n, size=None, offset=0):
+def load_data(name, n, size=None, offset=0, divides=False):
     """The training images offset .. offset+n of `name` and the first 5,120 held-out images, or all
     where there are fewer.
 
     name: "toy", "digits", "cifar10" or the path of an .npz file with keys train_images,
     train_labels, test_images, test_labels (uint8 NHWC, square, 1 or 3 channels); the test images
-    are held out. size: area-average down to size x size (toy: drawn at that size, 16 by default).
+    are held out. size: area-average down to size x size (toy: drawn at that size, 16 by default);
+    divides: refuse one that does not divide the pictures', where the areas would overlap.
     Subsets are nested: the first k images do not depend on n.
     Returns Data. Raises InputError on a missing or malformed file, or when there are not enough
     images.
@@ -641,7 +642,7 @@ def load_data(name, n, size=None, offset=0):
     if size and size > data.train_images.shape[1]:
         raise InputError(f"--size {size}: larger than the {data.train_images.shape[1]} pixels "
                          f"of {name}")
-    if size and data.train_images.shape[1] % size:
+    if divides and size and data.train_images.shape[1] % size:
         raise InputError(f"--size {size}: must divide the {data.train_images.shape[1]} pixels "
                          f"of {name}")
     arrays = [array[offset:offset + n] for array in data[:2]] + [array[:HELD_OUT]
@@ -887,6 +888,8 @@ class State:
                 self.net.load_state_dict(last["net"])
                 self.average.load_state_dict(last["ema"])
                 other = changed_settings(self.optimizer, last["optimizer"])
+                other += ["class"] * (last.get("optimizer_class", type(self.optimizer).__name__)
+                                      != type(self.optimizer).__name__)
                 self.optimizer.load_state_dict(last["optimizer"])
                 if last["scaler"]:              # empty where the run began without float16
                     self.scaler.load_state_dict(last["scaler"])
@@ -921,7 +924,8 @@ class State:
         save(out / "last.pt", {
             "run": self.run, "step": self.step, "seconds": self.seconds, "rows": self.rows,
             "net": self.net.state_dict(), "ema": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__})
 
     def save_snapshot(self, out):
         """Write snapshots/STEP.pt, the averaged weights."""
@@ -1050,11 +1054,12 @@ def claimed(out, record):
 
 @contextlib.contextmanager
 def one_at_a_time(folder):
-    """Wait until no other process is in such a block on this folder, which is made."""
-    import fcntl
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Wait until no other process is in such a block on this folder, where it can be locked."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(Path(folder) / ".lock", "a")), fcntl.LOCK_EX)
         yield
 
 
@@ -1482,14 +1487,14 @@ def main(argv=None):
     wait = torch.distributed.barrier if world > 1 else lambda: None
     if rank:
         wait()                                      # the first process downloads, for all
-    data = load_data(args.data, args.n, args.size, args.offset)
+    out = Path(args.out or f"runs/{run_name(args)}")
+    data = load_data(args.data, args.n, args.size, args.offset, not (out / "args.json").exists())
     if not rank:
         wait()
     labels = (data.train_labels.max(), data.heldout_labels.max())
     classes = int(max(labels)) + 1 if args.conditional else 0
     data = of_known_classes(data) if args.conditional else data
     net = build_net(vars(args), data.train_images.shape[1:], classes)
-    out = Path(args.out or f"runs/{run_name(args)}")
     record = describe(args, data, net, classes)
     try:                                            # for options of your own
         check_record(json.loads(json.dumps(record)))

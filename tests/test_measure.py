@@ -611,6 +611,13 @@ def test_what_a_metric_uses_belongs_to_its_code(monkeypatch):
     assert measure.code_of(measure.similarity) == before[1]
 
 
+def test_samples_of_other_weights_are_not_measured(run, refused):
+    state = torch.load(run / "snapshots/0000016.pt", weights_only=True)
+    state["ema"]["conv_in.bias"] += 1
+    train.save(run / "snapshots/0000016.pt", state)
+    refused(measure.main, [run, "--device", "cpu"], file_of(run, 16), "other weights")
+
+
 def test_samples_of_unequal_numbers_are_named(run, capsys):
     path = file_of(run, 16)
     found = sample.read_samples(path)

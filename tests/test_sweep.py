@@ -423,6 +423,36 @@ def state(out, name=ONE, train=(), sample=(), measure=(), images=48):
         measure_py.parse(["", *measure]))[0]
 
 
+def test_what_drew_and_measured_a_run_belongs_to_its_state(left_alone, tmp_path, monkeypatch):
+    import measure as measure_py
+    import sample as sample_py
+    out = shutil.copytree(left_alone[0], tmp_path / "runs")
+    assert state(out) == "done"
+    with monkeypatch.context() as changed:
+        real = sample_py.ddim_step
+        changed.setattr(sample_py, "ddim_step", lambda *a, **k: [x * 1.1 for x in real(*a, **k)])
+        assert "another run: sampler, which drew samples" in state(out)
+
+    def edge(c):
+        """The same columns by another name."""
+        return measure_py.sharpness(c)
+    others = [m for m in measure_py.METRICS if m is not measure_py.sharpness]
+    monkeypatch.setattr(measure_py, "METRICS", (*others, edge))
+    assert state(out).startswith("measuring, 0 of")
+    measure_py.main([str(out / ONE), "--device", "cpu"])
+    assert state(out) == "done"
+
+
+def test_a_run_whose_weights_are_gone_is_measured_again(left_alone, tmp_path):
+    out = shutil.copytree(left_alone[0], tmp_path / "runs")
+    shutil.rmtree(out / ONE / "snapshots")
+    (out / ONE / "last.pt").unlink()
+    (out / ONE / "metrics.csv").unlink()
+    assert state(out).startswith("measuring, 0 of")
+    assert f"done   {ONE}" in sweep(out, "toy", "--only", ONE, cwd=tmp_path)
+    assert state(out) == "done" and not (out / ONE / "snapshots").exists()
+
+
 def test_done_is_only_what_was_intended(left_alone, tmp_path):
     out = tmp_path / "runs"
     shutil.copytree(left_alone[0], out)
