@@ -193,8 +193,9 @@ def duplicate_groups(images):
 
     Two images are near-identical if they are nearer to each other than half the distance of either
     to its 10th nearest (of fewer than 2,000 images the N/200-th, at least the 2nd); a group is what
-    such pairs link. So among N < 600 images a picture that is there three times is not seen. A bound on the distance alone does not do: two blue skies are closer than two
-    copies of one detailed picture. Equal images count as one image here.
+    such pairs link. So among N < 600 images a picture that is there three times is not seen. A
+    bound on the distance alone does not do: two blue skies are closer than two copies of one
+    detailed picture. Equal images count as one image here.
     """
     x = images.flatten(1)
     _, first, inverse = np.unique(x.cpu().numpy(), axis=0, return_index=True, return_inverse=True)
@@ -1153,7 +1154,7 @@ def sweep_options(lists):
     for name, flags in (("SAMPLE", "exact steps-only switch"),
                         ("MEASURE", "denoisers planted twin")):
         if found := {f"--{flag}" for flag in flags.split()} & {*lists[name]}:
-            raise InputError(f"{name}: {min(found)} is for one run, by hand, when the sweep is done")
+            raise InputError(f"{name}: {min(found)} is for one run, by hand, after the sweep")
     drawing, args = sample.parse(["", *lists["SAMPLE"]]), parse(["", *lists["MEASURE"]])
     for flag in ("features", "weights", "sscd"):
         path = getattr(args, flag)

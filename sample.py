@@ -387,8 +387,8 @@ def parse(argv):
         raise InputError(f"--eta {args.eta}: must be 0 to 1")
     if args.switch:
         if args.exact or not re.fullmatch(r"[1-9]\d*@0?\.\d*[1-9]", args.switch):
-            raise InputError(f"--switch {args.switch}: must be a snapshot's step and a time between "
-                             "0 and 1, say 4096@0.5, without --exact")
+            raise InputError(f"--switch {args.switch}: must be a snapshot's step and a time "
+                             "between 0 and 1, say 4096@0.5, without --exact")
         args.switch = args.switch.replace("@.", "@0.")          # one name for one time
     if args.exact and args.steps_only:
         raise InputError("--steps-only: --exact draws without a snapshot")

@@ -485,7 +485,7 @@ def loss_fingerprint(process, weighting):
     values at 63 times, for a network that answers 0 and one that answers 1.
     """
     t = process.training_time(torch.arange(1, 64, dtype=torch.float64) / 64)
-    x0 = torch.tensor([-1, -0.4, 0.3, 0.9], dtype=t.dtype).reshape(1, 1, 2, 2).expand(63, -1, -1, -1)
+    x0 = torch.tensor([-1, -0.4, 0.3, 0.9], dtype=t.dtype).reshape(1, 1, 2, 2).repeat(63, 1, 1, 1)
     losses = torch.stack([
         WEIGHTINGS[weighting](process, t) * diffusion_loss(
             lambda xt, t, labels, k=k: torch.full_like(xt, k), process, x0, t, 0.5 - x0.flip(3))

@@ -353,7 +353,8 @@ def test_any_option_can_vary(rows):
     ({"VARY": "flips off on"}, "--flips: unknown"), ({"VARY": "flip yes"}, "--flip yes"),
     ({"VARY": "n 4 8"}, "--n: has two lists"), ({"VARY": "ema"}, "--ema: has no values"),
     ({"VARY": "device cpu cuda"}, "two values"), ({"SAMPLE": "--num x[$(touch y)0]"}, "--num"),
-    ({"SAMPLE": "--exact"}, "SAMPLE: --exact"), ({"MEASURE": "--denoisers"}, "MEASURE: --denoisers"),
+    ({"SAMPLE": "--exact"}, "SAMPLE: --exact"),
+    ({"MEASURE": "--denoisers"}, "MEASURE: --denoisers"),
     ({"MEASURE": "--features none.pt2"}, "MEASURE: --features none.pt2: no such file")])
 def test_bad_lists_are_refused_by_name(rows, capsys, change, word):
     with pytest.raises(SystemExit) as stop:
