@@ -1199,6 +1199,20 @@ def sweep_rows(lists):
     return dict(sorted(rows.items(), key=cost, reverse=True))
 
 
+def drawn_of(run, record, settings, name, shots):
+    """Of snapshots: those that have samples in the set `name`, and, in words, what drew them that
+    is another today."""
+    drawn, changed = set(), []
+    sampler = sample.sampler_values(train.PROCESSES[record["options"]["process"]], settings)
+    for shot in shots:
+        if (path := sample.samples_path(run, name, shot)).exists():
+            drawn.add(shot)
+            weights = sample.weights_today(run, record, settings, shot)
+            if what := sample.others(sample.made_by(path), weights, sampler):
+                changed.append(f"{what}, which drew {path.relative_to(run)}")
+    return drawn, changed
+
+
 def sweep_state(run, options, drawing, args):
     """(state, steps to train, snapshots to draw or measure, held-out loss, copy ratio) of a run.
 
@@ -1219,13 +1233,8 @@ def sweep_state(run, options, drawing, args):
         other.append(f"last step, {step}")
     settings = sample.settings_of(drawing, process)
     name, shots = sample.set_name(settings, process), {*planned, *sample.snapshots(run)}
-    drawn, sampler = set(), sample.sampler_values(process, settings)
-    for shot in shots:
-        if (path := sample.samples_path(run, name, shot)).exists():
-            drawn.add(shot)
-            if what := sample.others(sample.made_by(path), sample.weights_today(
-                    run, record, settings, shot), sampler):
-                other.append(f"{what}, which drew {path.relative_to(run)}")
+    drawn, changed = drawn_of(run, record, settings, name, shots)
+    other += changed
     features = args.features or default_features(record)
     spaces = ["sscd"] * bool(args.sscd) + [
         features if features in ("pixels", "inception") else

@@ -1119,11 +1119,11 @@ def claims_text(runs, found, study):
                  markdown(["onset", *(factor_of(name).label for name in found)], rows)]
 
     columns = ["run", "last_step", *(f"tau_{name}" for name in taus if "level" not in name),
-               "best_sw_heldout",
-               "best_sw_step", "hump_step", "keep_step", "last_copy_ratio", "null_copy_ratio"]
-    rows = [[row[column] or "-" for column in columns] for row in map(summarize, runs)]
+               "best_sw_heldout", "best_sw_step", "hump_step", "keep_step", "last_copy_ratio",
+               "null_copy_ratio"]
     text += ["Onsets in steps (>: not reached), best fidelity (<: still improving), the peak of SW"
-             + " after it, what to keep:", markdown(columns, rows)]
+             + " after it, what to keep:", markdown(columns, [
+                 [row[column] or "-" for column in columns] for row in map(summarize, runs)])]
     return "\n\n".join(text) + "\n"
 
 
