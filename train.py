@@ -1440,9 +1440,13 @@ def read_npz(path, keys=None):
 
 
 def check_zip(path):
-    """Raise ValueError where a checksum in a zip file, say a .pt or .npz file, is wrong."""
+    """Raise ValueError where a zip file, say a .pt or .npz file, is damaged: by its checksums, and
+    by what these do not see, two members of one name, or one that is marked as a folder.
+    """
     with zipfile.ZipFile(path) as archive:
-        if archive.testzip():
+        members = archive.infolist()
+        if (len({member.filename for member in members}) < len(members)
+                or any(member.external_attr & 16 for member in members) or archive.testzip()):
             raise ValueError("wrong checksum")
 
 

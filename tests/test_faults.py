@@ -323,6 +323,18 @@ def test_a_damaged_file_ends_in_the_right_result_or_in_one_line(world, tmp_path,
     assert not (tmp_path / "pickle_was_run").exists()
 
 
+def test_damage_that_no_checksum_sees_is_seen(world, tmp_path):
+    whole, file = (world / "r/last.pt").read_bytes(), tmp_path / "last.pt"
+    file.write_bytes(whole)
+    train.check_zip(file)
+    at = [m.start() for m in re.finditer(rb"archive/data/10", whole)][-1]   # in the directory
+    for place, byte in ((at + 14, b"1"),        # the name of another member
+                        (at - 8, b"\x10")):     # marked as a folder: torch would read nothing
+        file.write_bytes(whole[:place] + byte + whole[place + 1:])
+        with pytest.raises(ValueError, match="checksum"):
+            train.check_zip(file)
+
+
 # Of measured runs: the file, the script that meets it and its options.
 FUZZED_TABLES = {
     "measure r/metrics.csv": [], "measure r/controls.csv": [], "measure r/denoisers.csv":
