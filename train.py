@@ -915,7 +915,8 @@ class State:
         old = read_run(out) if (out / "args.json").exists() else {"options": None}
         if old["options"] != record["options"]:     # what it began with stays
             record = record | {k: old[k] for k in ("versions", "git_commit") if k in old}
-            write_json(out / "args.json", record | {"checksum": checksum(record)})
+            text = json.dumps(record | {"checksum": checksum(record)}, indent=1) + "\n"
+            write_atomic(out / "args.json", lambda file: file.write(text.encode()))
         if self.rows:
             write_csv(out / "log.csv", self.rows)
 
@@ -1379,11 +1380,6 @@ def write_atomic(path, write):
 def save(path, value):
     """torch.save, atomically. Raises OSError."""
     write_atomic(path, lambda file: torch.save(value, file))
-
-
-def write_json(path, value):
-    """Write `value` as indented JSON, atomically. Raises OSError."""
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def identity_beside(table):
