@@ -82,8 +82,7 @@ class Process(NamedTuple):
     def coefficients(self, t, x):
         """a, s, c, d at times t (B,), each (B, 1, 1, 1) to go with images x; 0-d where t is 0-d."""
         a, s = self.schedule(t)
-        return [expand(v, x) if torch.is_tensor(v) and v.dim() else v
-                for v in (a, s, *self.predicts(a, s))]
+        return [expand(v, x) if np.ndim(v) else v for v in (a, s, *self.predicts(a, s))]
 
     def target(self, x0, eps, t):
         """What the network should predict: c x0 + d eps, (B, C, H, W)."""
