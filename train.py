@@ -20,6 +20,7 @@ import datetime
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -495,8 +496,8 @@ def loss_fingerprint(process, weighting):
 
 def evaluation_steps(steps, per_doubling=2, first=64):
     """Log-spaced steps, the same for all runs: first * 2^(k / per_doubling), and the last step."""
-    count = math.floor(per_doubling * math.log2(steps / first) + 1e-9) if steps >= first else -1
-    return sorted({round(first * 2 ** (k / per_doubling)) for k in range(count + 1)} | {steps})
+    grid = (round(first * 2 ** (k / per_doubling)) for k in itertools.count())
+    return sorted({*itertools.takewhile(lambda step: step <= steps, grid), steps})
 
 
 # --- Data -----------------------------------------------------------------------------------------
