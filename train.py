@@ -800,10 +800,9 @@ def run_name(args):
         value = getattr(args, key)
         if key in (*FREE, "n", "width", "batch", "lr", "seed") or value == default:
             continue
-        text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
-        text = Path(text).stem if key == "data" else text
-        name += {"data": f"_{text}", "process": f"_{text}"}.get(
-            key, f"_{key}" if value is True else f"_{key}{text}")
+        text = ("-".join(map(str, value)) if isinstance(value, list) else
+                Path(value).stem if key == "data" else "" if value is True else str(value))
+        name += f"_{text}" if key in ("data", "process") else f"_{key}{text}"
     return name
 
 
