@@ -212,19 +212,6 @@ def samples_path(run, name, step):
     return Path(run) / "samples" / name / (f"{step}.npz" if step == "exact" else f"{step:07d}.npz")
 
 
-def weights_digest(run, *steps):
-    """12 hex digits of the weights in snapshots, "" where one is gone; from their checksums alone.
-    """
-    digest = hashlib.sha256()
-    for path in [Path(run) / f"snapshots/{step:07d}.pt" for step in steps]:
-        if not path.exists():
-            return ""
-        with reading(path), zipfile.ZipFile(path) as archive:
-            digest.update(repr([info.CRC for info in archive.infolist()
-                                if "/data/" in info.filename]).encode())
-    return digest.hexdigest()[:12]
-
-
 def sampler_values(process, settings):
     """Sixteen numbers that the code of today draws in three steps, of a network known in closed
     form: if they change, so has the sampler.
@@ -275,13 +262,21 @@ def made_by(path):
 
 
 def weights_today(run, record, settings, name):
-    """The weights_digest of all that samples of a snapshot are drawn with; of "exact", whose images
-    belong to the run, whether they are mirrored.
+    """12 hex digits of the weights that samples of a snapshot are drawn with, from the checksums in
+    its file alone; "" where it is gone. Of "exact", whose images belong to the run, whether they
+    are mirrored.
     """
     if name == "exact":
         return "mirrored" * record["options"]["flip"]
-    switch = settings.get("switch")
-    return weights_digest(run, name, *([int(switch.split("@")[0])] if switch else []))
+    switch, digest = settings.get("switch"), hashlib.sha256()
+    for step in [name, *([int(switch.split("@")[0])] if switch else [])]:
+        path = Path(run) / f"snapshots/{step:07d}.pt"
+        if not path.exists():
+            return ""
+        with reading(path), zipfile.ZipFile(path) as archive:
+            digest.update(repr([info.CRC for info in archive.infolist()
+                                if "/data/" in info.filename]).encode())
+    return digest.hexdigest()[:12]
 
 
 def others(made, weights, sampler=None):
