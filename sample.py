@@ -199,11 +199,11 @@ def set_name(settings, process):
 
 def sample_sets(run):
     """{set name: [steps, sorted]} of a run's samples files; see set_name."""
-    found = {}
-    for path in sorted((Path(run) / "samples").rglob("*.npz")):
-        folder = path.parent.relative_to(Path(run) / "samples").as_posix()
+    found, folder = {}, Path(run) / "samples"
+    for path in sorted(folder.rglob("*.npz")):
         if re.fullmatch(r"\d{7,}", path.stem):
-            found.setdefault("" if folder == "." else folder, []).append(int(path.stem))
+            name = "/".join(path.relative_to(folder).parts[:-1])
+            found.setdefault(name, []).append(int(path.stem))
     return {name: sorted(steps) for name, steps in found.items()}
 
 
