@@ -249,7 +249,7 @@ def read_samples(path, run=None):
         if (found.images.dtype != np.uint8 or found.images.ndim != 4
                 or found.labels.shape != found.images.shape[:1]):
             raise ValueError("images or labels of another kind")
-    if found.name != path.stem or made.get("run", run) != (run or made.get("run")):
+    if found.name != path.stem or (run and made.get("run", run) != run):
         raise InputError(f"{path}: holds samples of another run or step ({found.name}); "
                          "delete it and run sample.py again")
     return found
