@@ -490,8 +490,8 @@ def main(argv=None):
         net, load = network(args, process, record, device)
         for name, path in todo.items():
             load(name)
-            drawn = draw(args, net, process, settings, record, device, path.stem)
-            write_samples(path, *drawn[:2], settings, drawn[2], run, **made[name],
+            images, labels, outside = draw(args, net, process, settings, record, device, path.stem)
+            write_samples(path, images, labels, settings, outside, run, **made[name],
                           precision=str(amp_dtype(device, args.amp) or torch.float32))
             print(f"{path}: {args.num} images", flush=True)
 
