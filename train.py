@@ -645,13 +645,14 @@ def load_data(name, n, size=None, offset=0, divides=False):
     if divides and size and data.train_images.shape[1] % size:
         raise InputError(f"--size {size}: must divide the {data.train_images.shape[1]} pixels "
                          f"of {name}")
-    arrays = [array[offset:offset + n] for array in data[:2]] + [array[:HELD_OUT]
-                                                                 for array in data[2:]]
-    if size and size < data.train_images.shape[1]:
-        arrays[0], arrays[2] = resize(arrays[0], size), resize(arrays[2], size)
-    if (arrays[0] == arrays[0][:1]).all():
+    images, labels = (array[offset:offset + n] for array in data[:2])
+    heldout, heldout_labels = (array[:HELD_OUT] for array in data[2:])
+    if size and size < images.shape[1]:
+        images, heldout = resize(images, size), resize(heldout, size)
+    if (images == images[:1]).all():
         raise InputError(f"--n {n}: these training images of {name} are all equal")
-    return Data(*(array.astype(np.uint8 if array.ndim == 4 else np.int64) for array in arrays))
+    return Data(np.array(images), labels.astype(np.int64),      # copies, so that the rest may go
+                np.array(heldout), heldout_labels.astype(np.int64))
 
 
 def of_known_classes(data):
