@@ -1198,14 +1198,14 @@ def join_processes(device):
     world = os.environ.get("WORLD_SIZE", "1")
     if world == "1":
         return device, 0, 1
-    others = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not (world.isdecimal() and int(world) and all(map(os.environ.get, others))):
-        raise InputError(f"WORLD_SIZE={world}: must be a whole number, and {', '.join(others)} be "
-                         "set, too, as torchrun sets them")
-    if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                         timeout=datetime.timedelta(hours=1))
+    try:
+        if device.type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(hours=1))
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise InputError(f"WORLD_SIZE={world}: the processes cannot be joined; start them with "
+                         f"torchrun ({str(error).splitlines()[0]})") from None
     return device, torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
