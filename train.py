@@ -773,7 +773,7 @@ def parse(argv):
     args = make_parser().parse_args(argv)
     if args.steps is not None and args.images is not None:
         raise InputError("--steps and --images: give one of them")
-    for name, limit in {"batch": 1e15, "steps": 1e15, "images": 1e15, "first_eval": 1e15,
+    for name, limit in {"n": 1e15, "batch": 1e15, "steps": 1e15, "images": 1e15, "first_eval": 1e15,
                         "evals_per_doubling": 1e3, "eval_images": 1e7, "lr": math.inf}.items():
         value = getattr(args, name)
         if value is not None and not 0 < value < limit:
@@ -1205,7 +1205,7 @@ def join_processes(device):
                                              timeout=datetime.timedelta(hours=1))
     except (LookupError, ValueError, RuntimeError) as error:
         raise InputError(f"WORLD_SIZE={world}: the processes cannot be joined; start them with "
-                         f"torchrun ({str(error).splitlines()[0]})") from None
+                         f"torchrun ({first_line(error)})") from None
     return device, torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -1286,6 +1286,11 @@ def out_of_memory(error):
     return "GPU" if full else ""
 
 
+def first_line(error):
+    """The first line of what an exception says; what kind it is, if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def reading(what, advice=""):
     """Turn whatever goes wrong in a block that reads a file into one InputError line.
@@ -1302,8 +1307,8 @@ def reading(what, advice=""):
     except Exception as error:
         if out_of_memory(error):
             raise
-        text = (str(error).splitlines() or [""])[0][:120]
-        raise InputError(f"{what}: damaged, or of another kind ({type(error).__name__}: {text})"
+        reason = f"{type(error).__name__}: {first_line(error)[:120]}"
+        raise InputError(f"{what}: damaged, or of another kind ({reason})"
                          + (f"; {advice}" if advice else "")) from None
 
 
@@ -1314,7 +1319,7 @@ def needs_torchvision(what):
         yield
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         raise InputError(f"{what}: torchvision cannot be loaded beside torch {torch.__version__} "
-                         f"({str(error).splitlines()[0]}); install the two from the same place, "
+                         f"({first_line(error)}); install the two from the same place, "
                          "as pytorch.org says") from None
 
 
@@ -1370,7 +1375,7 @@ def write_atomic(path, write):
         if isinstance(error, DEVICE_ERRORS):
             raise
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)),
-                      None) or str(error).splitlines()[0]
+                      None) or first_line(error)
         raise OSError(f"{path}: cannot be written ({reason})") from None
     finally:
         with contextlib.suppress(OSError):
