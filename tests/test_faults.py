@@ -459,7 +459,8 @@ def test_impossible_options_are_one_line(world, script, more, word):
 
 @pytest.mark.parametrize("environment", [
     {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2"},
-    {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}])
+    {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"},
+    {"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}])
 def test_half_a_torchrun_is_one_line(world, monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

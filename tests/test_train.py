@@ -579,6 +579,7 @@ def test_run_names_tell_configurations_apart():
 
 @pytest.mark.parametrize(("more", "words"), [
     (["--n", "1"], ["--n 1"]),
+    (["--n", "-5"], ["--n -5", "above 0"]),
     (["--data", "cifar11"], ["--data cifar11", "unknown"]),
     (["--data", "none.npz"], ["none.npz", "no such file"]),
     (["--size", "9"], ["--size 9", "multiple of 2"]),
