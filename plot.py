@@ -278,7 +278,7 @@ def read_runs_csv(path):
     return runs
 
 
-@functools.lru_cache
+@functools.cache
 def study_runs():
     """The study's own curves as Runs; a setting that several figures show has repeats."""
     runs, repeats = [], collections.Counter()
@@ -291,7 +291,7 @@ def study_runs():
     return runs
 
 
-def settle(runs, ignore=()):
+def settle(runs, ignore):
     """Give every run the same options: what one lacks, at its default; settings if they matter.
 
     ignore: options that do not make another run here. A sampling setting counts only where
@@ -333,13 +333,11 @@ def read_root(root, damaged):
     if not root.is_dir():
         raise PlotError(f"{root}: no such folder")
     groups, folders, before = {}, run_folders(root), len(damaged)
+    read, figures = (read_folder, "figures") if folders else (read_runs_csv, "")
     for path in folders or sorted(root.rglob("runs.csv")):
-        place = root if path == root else path.parent
+        place = (root if path == root else path.parent) / figures
         try:
-            if folders:
-                groups.setdefault(place / "figures", []).extend(read_folder(path))
-            else:
-                groups.setdefault(place, []).extend(read_runs_csv(path))
+            groups.setdefault(place, []).extend(read(path))
         except PlotError as error:
             damaged.append(str(error))
     groups = {place: runs for place, runs in groups.items() if runs}
@@ -348,7 +346,7 @@ def read_root(root, damaged):
     return groups
 
 
-def unlike(run, other, ignore=()):
+def unlike(run, other, ignore):
     """The options, sorted, that two runs both have and that differ; of data, only its name."""
     names = run.options.keys() & other.options.keys() - run.free - {*ignore}
     return sorted(name for name in names if run.options[name] != other.options[name]
@@ -359,12 +357,10 @@ def unlike(run, other, ignore=()):
 def find_runs(*roots, damaged=None, ignore=()):
     """The runs at or below some folders, grouped: {folder for figures: [Run]}.
 
-    Of several roots: the union of their runs, in one place, the figures/ of the first root (a root
-    of tables: the root itself). A run that an earlier root has, too, with its name and its set of
-    samples, is left out; PlotError where the two differ in an option. Runs that no chain of changes
-    of one option connects are put into folders of their own, named by what differs. ignore: see
-    settle. damaged: a list that takes the message of each run that is not readable; PlotError where
-    no run is.
+    Of several roots the union, see the top; PlotError where a run that two of them have, by its
+    name and its set of samples, differs in an option. Runs that no chain of changes of one option
+    connects are put into folders of their own, named by what differs. ignore: see settle. damaged:
+    a list that takes the message of each run that is not readable; PlotError where no run is.
     """
     roots, damaged = [Path(root) for root in roots], [] if damaged is None else damaged
     found = [read_root(root, damaged) for root in roots]
@@ -427,17 +423,9 @@ def families(runs):
 class Slice(dict):
     """{value of a factor: [Run, one per seed]}, all else equal.
 
-    fixed {option: its value here}, of the options that vary elsewhere; others: how many slices
-    there are beside this, the widest.
+    fixed {option: its value here}, of the options that vary elsewhere; where: this in words, and
+    of how many slices it is the widest.
     """
-
-    fixed, others = {}, 0
-
-    def where(self):
-        """What is fixed, and of how many slices this is the widest, in words."""
-        text = "; fixed: " * bool(self.fixed)
-        text += ", ".join(label_of(*pair) for pair in self.fixed.items())
-        return text + f"; the widest of {self.others + 1} such sweeps" * bool(self.others)
 
 
 def longest(runs):
@@ -450,10 +438,8 @@ def longest(runs):
 
 def slices_of(runs, factor):
     """Every set of runs where this option alone varies: [{its value: [Run, one per seed]}]."""
-    slices = []
-    for alike in grouped(runs, lambda run: run.key(factor)).values():
-        values = grouped(alike, lambda run: run.options[factor])
-        slices.append({value: longest(group) for value, group in values.items()})
+    slices = [grouped(alike, lambda run: run.options[factor])
+              for alike in grouped(longest(runs), lambda run: run.key(factor)).values()]
     return [values for values in slices if len(values) > 1]
 
 
@@ -470,10 +456,12 @@ def sweeps(runs):
         if slices := slices_of(runs if factor.startswith("setting_") else judged, factor):
             widest = max(slices, key=lambda values: (len(values), sum(map(len, values.values()))))
             order = sorted(widest, key=lambda v: (isinstance(v, str), v or 0))  # numbers first
-            found[factor] = Slice({value: widest[value] for value in order})
+            groups = found[factor] = Slice({value: widest[value] for value in order})
             options = widest[order[0]][0].options
-            found[factor].fixed = {k: options[k] for k in varying if k != factor}
-            found[factor].others = len(slices) - 1
+            groups.fixed = {k: options[k] for k in varying if k != factor}
+            groups.where = "; fixed: " * bool(groups.fixed) + ", ".join(
+                label_of(*pair) for pair in groups.fixed.items())
+            groups.where += f"; the widest of {len(slices)} such sweeps" * (len(slices) > 1)
     return found
 
 
@@ -537,31 +525,32 @@ def nearest_denoiser(run):
     From denoisers.csv, on the inputs that the sampler meets; above 0 the net is nearer to the exact
     denoiser of its training images than to any of the others (population, Gaussian, local).
     """
-    logs = {}                                   # {step: {noise level: {denoiser: log distance}}}
+    logs, ratios = {}, {}       # {(step, noise level): {denoiser: log distance}}, {step: [ratio]}
     for row in run.tables.get("denoisers", []):
         step, distance = number(row.get("step")), number(row.get("median"))
         if row.get("inputs") == "path" and distance >= 0 and step > 0:
-            level = logs.setdefault(step, {}).setdefault(row.get("level"), {})
-            level[row.get("reference")] = math.log(max(distance, 1e-12))
-    means = {}
-    for step, levels in sorted(logs.items()):
-        ratios = []
-        for distances in levels.values():
-            own = distances.pop("memorizer", None)
-            if own is not None and distances:
-                ratios.append(min(distances.values()) - own)
-        if ratios:
-            means[step] = np.mean(ratios)
-    return np.array([*means]), np.array([*means.values()])
+            distances = logs.setdefault((step, row.get("level")), {})
+            distances[row.get("reference")] = math.log(max(distance, 1e-12))
+    for (step, _), distances in sorted(logs.items()):
+        own = distances.pop("memorizer", None)
+        if own is not None and distances:
+            ratios.setdefault(step, []).append(min(distances.values()) - own)
+    return np.array([*ratios]), np.array([*map(np.mean, ratios.values())])
 
 
 def onset_curve(run, name):
-    """(steps, values) of the curve that an onset of TAUS is read from."""
+    """(steps, values, level) of an onset of TAUS; level None: it is where the values are lowest."""
     if name in COPY_LEVELS:
-        return excess(run)
+        return *excess(run), COPY_LEVELS[name]
     if name == "denoisers":
-        return nearest_denoiser(run)
-    return run.column(f"heldout_loss_{name}" if name.startswith("level") else "heldout_loss")
+        return *nearest_denoiser(run), 0.0
+    if name.startswith("level"):
+        return *run.column(f"heldout_loss_{name}"), None
+    steps, values = run.column("heldout_loss")
+    if name == "heldout_min" or not len(steps):
+        return steps, values, None
+    k = int(np.argmin(values))                  # after the lowest, not on the way down
+    return steps[k:], values[k:], values[k] * (1 + int(name.removeprefix("heldout_")) / 100)
 
 
 @functools.cache
@@ -570,18 +559,12 @@ def onsets(run):
 
     inf not reached, nan not measured.
     """
-    found = {}
+    found = dict.fromkeys(TAUS, math.nan)
     for name in TAUS:
-        steps, values = onset_curve(run, name)
-        if not len(steps):
-            found[name] = math.nan
-        elif name.startswith(("heldout_min", "level")):
-            found[name] = lowest(steps, values)
-        elif name.startswith("heldout_"):       # after the lowest, not on the way down
-            k, rise = int(np.argmin(values)), 1 + int(name.removeprefix("heldout_")) / 100
-            found[name] = crossing(steps[k:], values[k:], rise * values[k])
-        else:
-            found[name] = crossing(steps, values, 0.0 if name == "denoisers" else COPY_LEVELS[name])
+        steps, values, level = onset_curve(run, name)
+        if len(steps):
+            found[name] = (lowest(steps, values) if level is None
+                           else crossing(steps, values, level))
     return found
 
 
@@ -693,24 +676,22 @@ def has_log(value):
     return type(value) in (int, float) and 0 < value < math.inf
 
 
-def onset(name, times=None):
-    """The statistic log(tau_mem), by a definition of TAUS, or log(tau_mem x option `times`).
+def onset(name):
+    """The statistic log(tau_mem), by a definition of TAUS.
 
     A run that ends before is a lower bound; one at its first evaluation is an upper bound.
     """
-    counted = name in COPY_LEVELS
-    error = LOWEST_ERROR if name.startswith(("heldout_min", "level")) else CROSSING_ERROR
-
     def point(run):
         step = onsets(run)[name]
-        steps, values = onset_curve(run, name)
-        if math.isnan(step) or not len(steps) or times and not has_log(run.options.get(times)):
+        steps, values, level = onset_curve(run, name)
+        if math.isnan(step):
             return None
-        factor = math.log(run.options[times]) if times else 0.0
         if math.isinf(step) or step <= steps[0]:
-            return Point(math.log(min(step, steps[-1])) + factor, 0.0, 1 if step > steps[0] else -1)
-        variance = step_variance(run if counted else None, steps, values, step, error)
-        return Point(math.log(step) + factor, variance, 0)
+            return Point(math.log(min(step, steps[-1])), 0.0, 1 if step > steps[0] else -1)
+        error = LOWEST_ERROR if level is None else CROSSING_ERROR
+        counted = run if name in COPY_LEVELS else None      # whose samples were counted
+        variance = step_variance(counted, steps, values, step, error)
+        return Point(math.log(step), variance, 0)
     point.borrowed = onset("heldout_min") if name.startswith("level") else point
     return point
 
@@ -764,10 +745,8 @@ def fit_line(x, y, variance, bound):
     """(slope, intercept, standard error of the slope, misfit) of a line with known errors.
 
     Arrays (n,). misfit: Birge's ratio, by which points that are not bounds lie farther from the
-    line than their errors let expect, at least 1.
-
-    By maximum likelihood; a bound is replaced by its expectation beyond it (Tobit), so that one
-    which the line satisfies with ease hardly counts.
+    line than their errors let expect, at least 1. By maximum likelihood; a bound is replaced by its
+    expectation beyond it (Tobit), so that one which the line satisfies with ease hardly counts.
     """
     sigma = np.sqrt(np.maximum(variance, 1e-12))
     filled, weight = y, sigma**-2
@@ -788,17 +767,18 @@ def fit_line(x, y, variance, bound):
     return slope, float(line[0] - slope * x[0]), spread**-0.5, math.sqrt(max(1, misfit))
 
 
-def exponent(groups, runs, statistic):
+def exponent(groups, runs, statistic, times=False):
     """The slope of a statistic against log(factor) over a Slice, as a Result.
 
-    runs: all that are judged, for the scatter. Bounds are left out of the value; its interval
-    covers the fit without them and the one with them, since a power law need not hold so far.
+    runs: all that are judged, for the scatter; times: of statistic x factor. Bounds are left out
+    of the value; its interval covers the fits without and with them: no power law holds for ever.
     """
     if not all(map(has_log, groups)):
         return Result("its values have no logarithm")
     points = [(math.log(value), *point) for value, group in groups.items()
               for point in map(statistic, group) if point]
     x, y, variance, bound = np.array(points).reshape(-1, 4).T
+    y = y + times * x
     between, dof, borrowed = scatter(runs, statistic)
     if not dof:
         return Result("no repeats known")
@@ -859,21 +839,29 @@ def rate_spread(groups, runs):
                   borrowed)
 
 
+def through_onset(runs, *columns):
+    """Of each run that reaches copy ratio .1: (run, steps, values (columns, steps), before, after).
+
+    See paired; before, after (steps): up to copy ratio .01, some; from there up to .5, if any.
+    """
+    for run in runs:
+        steps, values = paired(run, *columns)
+        before = steps <= onsets(run)["copy_01"]
+        if math.isfinite(onsets(run)["copy_10"]) and before.any():
+            yield run, steps, values, before, ~before & (steps <= onsets(run)["copy_50"])
+
+
 def equal_distances(kind, runs):
     """Claim 1: by which factor a distance to train / to held-out ("sw", "fid") changes by copies.
 
-    Only where both splits are as many images: the training images as many as the samples, or more;
-    and where copy ratio .1 is reached.
+    Only where both splits are as many images: the training images as many as the samples, or more.
     """
     changes = []
-    for run in runs:
-        steps, (train, heldout) = paired(run, f"{kind}_SPACE_train", f"{kind}_SPACE_heldout")
-        before = steps <= onsets(run)["copy_01"]
-        upto = np.flatnonzero(~before & (steps <= onsets(run)["copy_50"]))
-        enough = run.options.get("n", math.inf) >= sample_count(run)
-        if enough and math.isfinite(onsets(run)["copy_10"]) and before.any() and len(upto):
+    for run, _, (train, heldout), before, after in through_onset(
+            runs, f"{kind}_SPACE_train", f"{kind}_SPACE_heldout"):
+        if after.any() and run.options.get("n", math.inf) >= sample_count(run):
             ratio = np.log(train / heldout)
-            changes.append(ratio[upto[-1]] - np.median(ratio[before]))
+            changes.append(ratio[after][-1] - np.median(ratio[before]))
     if len(changes) < 3:
         return Result("fewer than three runs that reach copy ratio .1 and have as many training "
                       "images as samples")
@@ -903,29 +891,23 @@ def share_of_runs(hits, text):
 def double_descent(runs):
     """Claim 2: the share of runs with copies whose SW and FID, to both splits, descend twice."""
     hits = []
-    for run in runs:
-        steps, values = paired(run, "sw_SPACE_train", "sw_SPACE_heldout",
-                               "fid_SPACE_train", "fid_SPACE_heldout")
-        before = steps <= onsets(run)["copy_01"]
-        if before.any() and math.isfinite(onsets(run)["copy_10"]):
-            bests, _, rises, falls = np.transpose([second_peak(v, before) for v in values])
-            in_step = np.abs(bests[:2] - bests[2:]).max() <= 1      # SW and FID, of each split
-            hits.append(in_step and rises.min() >= 1.5 and falls.min() >= 1.1)
+    columns = [f"{kind}_SPACE_{split}" for kind in ("sw", "fid") for split in ("train", "heldout")]
+    for _, _, values, before, _ in through_onset(runs, *columns):
+        bests, _, rises, falls = np.transpose([second_peak(v, before) for v in values])
+        in_step = np.abs(bests[:2] - bests[2:]).max() <= 1      # SW and FID, of each split
+        hits.append(in_step and rises.min() >= 1.5 and falls.min() >= 1.1)
     return share_of_runs(hits, "that reach copy ratio .1")
 
 
 def gains_before(runs):
     """Claim 7: the share of runs whose best fidelity lies before their first copies.
 
-    Only where copy ratio .1 is reached, and the two differ by more than two of their errors.
+    Only where the two differ by more than two of their errors.
     """
     ratios, hits = [], []
-    for run in runs:
-        steps, distance = run.column("sw_SPACE_heldout")
-        errors = run.by_step("sw_error_SPACE_heldout")
-        before = steps <= onsets(run)["copy_01"]
-        after = ~before & (steps <= onsets(run)["copy_50"])
-        if after.any() and before.any() and math.isfinite(onsets(run)["copy_10"]):
+    for run, steps, (distance,), before, after in through_onset(runs, "sw_SPACE_heldout"):
+        if after.any():
+            errors = run.by_step("sw_error_SPACE_heldout")
             first, then = (min(zip(distance[part], steps[part], strict=True))
                            for part in (before, after))
             error = math.hypot(*(errors.get(step, 0) / value for value, step in (first, then)))
@@ -967,7 +949,7 @@ CLAIMS = [Claim(*row) for row in (
     ("5c", "Smaller B has better best fidelity", BEST + "log B", *UP, "batch", BY_BEST),
     ("6a", "Onset, in steps x lr, comes later at larger lr",
      TAU.replace("tau_mem", "(tau_mem x lr)") + "log lr", *UP, "lr",
-     functools.partial(exponent, statistic=onset("heldout_25", "lr"))),
+     functools.partial(ONSET, times=True)),
     ("6b", "Larger lr has better best fidelity", BEST + "log lr", *DOWN, "lr", BY_BEST),
     ("7", "All gains in fidelity are made before the onset",
      "lowest SW from copy ratio .01 to .5 over lowest before, above 1", *OFTEN, None,
@@ -998,9 +980,8 @@ def judge(runs):
         low, high = claim.region
         inside = low < result.low and result.high < high
         outside = result.high < low or result.low > high
-        verdict = "supported" if inside else "contradicted" if outside else "undecided"
-        if math.isnan(result.value):
-            verdict = "not tested"
+        verdict = ("not tested" if math.isnan(result.value) else "supported" if inside
+                   else "contradicted" if outside else "undecided")
         rows.append((claim, result, verdict + ", scatter borrowed" * result.borrowed))
     return rows
 
@@ -1094,18 +1075,17 @@ def claims_text(runs, found, study):
             + f" ({bare} runs have none)" * (0 < bare < len(judged))
             + f"; {more} other sets of samples are not judged" * (more > 0)
             + ". In brackets: 95 % intervals. Definitions: at the top of plot.py."]
-    text += [f"{factor_of(name).label}: {', '.join(map(str, groups))}{groups.where()}."
+    text += [f"{factor_of(name).label}: {', '.join(map(str, groups))}{groups.where}."
              for name, groups in found.items()]
 
-    columns = ["", "claim", "supported where", "these runs", "verdict"]
     rows = [[claim.number, claim.text, f"{claim.statistic}: {claim.where}",
              f"{interval_text(result)} ({result.text})", verdict]
             for claim, result, verdict in judge(runs)]
     if study:
-        columns.append("the study's curves")
         for row, (_, result, verdict) in zip(rows, judge(study_runs()), strict=True):
             row.append(f"{interval_text(result)} {verdict}")
-    text.append(markdown(columns, rows))
+    text.append(markdown(["", "claim", "supported where", "these runs", "verdict"]
+                         + ["the study's curves"] * study, rows))
 
     taus = [name for name in TAUS if not all(math.isnan(onsets(run)[name]) for run in runs)]
     rows = []
@@ -1258,7 +1238,7 @@ def tick_text(value, _):
     return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
-def dress(axis, title="", scale="linear", xlabel=""):
+def dress(axis, title, scale, xlabel=""):
     """Title, scales and few, readable ticks of a panel against training steps."""
     if not any(len(line.get_xdata()) for line in axis.lines):
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
@@ -1288,7 +1268,7 @@ def curve(axis, runs, column, color, scale=1, label=None, errors=False):
         x, y = run.column(name)
         return (np.interp(np.log(steps), np.log(x), y, math.nan, math.nan) if len(x)
                 else np.full(len(steps), math.nan))
-    values = np.array([at_steps(run, column) for run in runs if len(run.column(column)[0])])
+    values = np.array([at_steps(run, column) for run in runs])
     low, high = np.nanmin(values, 0), np.nanmax(values, 0)
     if errors and "SPACE" in column:
         error = at_steps(runs[0], column.replace("_", "_error_", 1))
@@ -1397,9 +1377,8 @@ def plot_hump(run, path):
     powers = {row.get("name") or number(row["step"]):
               np.array([number(v) for k, v in row.items() if k.startswith("power_")])
               for row in run.tables["spectrum"]}
-    best_step, (sharp_steps, sharp) = best_fidelity(run)[1], run.column("sharpness")
-    blurred = min(((value, step) for step, value in zip(sharp_steps, sharp, strict=True)
-                   if step >= best_step), default=(0, math.nan))[1]
+    best_step, sharp = best_fidelity(run)[1], run.by_step("sharpness")
+    blurred = min((step for step in sharp if step >= best_step), key=sharp.get, default=math.nan)
     places = {blurred: "least sharp", run.column("sw_SPACE_heldout")[0][-1]: "end",
               hump(run): "hump", best_step: "best"}
     steps = sorted(step for step in places if not math.isnan(step))
@@ -1444,18 +1423,14 @@ def plot_copier(run, path):
     """Which metric tells a copier: each through training, between its two controls as 0 and 1."""
     rows, steps = {}, run.measured()
     for title, _, columns in PANELS.values():
-        title = title.removesuffix(", replaced")            # the panel's other column
-        for column in columns.split():
+        for column in [] if "replaced" in title else columns.split():   # those have panels already
             zero, one = (control(run, key, column) for key in CONTROLS)
             found, (_, _, label) = run.by_step(column), style_of(column)
-            values = np.array([found.get(step, math.nan) for step in steps])
-            if not (found and abs(one - zero) > 0 and label in (None, "train", "held-out")):
-                continue
-            name = f"{title} to {label}" if label else title
-            if abs(one - zero) > 0.1 * max(abs(zero), abs(one)):
-                rows.setdefault(name, (values - zero) / (one - zero))
-            else:
-                rows.setdefault(f"{name} (*)", np.full(len(values), math.nan))
+            if found and abs(one - zero) > 0 and label in (None, "train", "held-out"):
+                told = abs(one - zero) > 0.1 * max(abs(zero), abs(one))
+                values = np.array([found.get(step, math.nan) for step in steps])
+                name = (f"{title} to {label}" if label else title) + " (*)" * (not told)
+                rows[name] = (values - zero) / (one - zero if told else math.nan)
 
     def order(name):                            # by the step from which on it sees copies
         seen = np.where(np.abs(rows[name] - 0.5) <= 0.8, rows[name], -9)
@@ -1647,7 +1622,7 @@ def plot_sweep(factor, groups, path, study=None):
             axis.patch.set_visible(False)
             axis.plot([], [], color="0.75", label="the study, not to this scale: compare shapes")
         dress(axis, panel, kind, time)
-    save_figure(figure, path, words(title + groups.where(), 60))
+    save_figure(figure, path, words(title + groups.where, 60))
 
 
 def plot_onset(factor, groups, path, runs):
@@ -1755,7 +1730,7 @@ def draw_all(runs, found, folder, study):
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def report(roots, study, ignore=()):
+def report(roots, study, ignore):
     """Draw, judge and print everything below the roots; the messages of unreadable runs.
 
     What an earlier call drew (it left a list, .drawn) and this one did not is removed, but not
