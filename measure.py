@@ -16,6 +16,7 @@ Sources: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" 1801.01401 (KID), "Kynk
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import hashlib
@@ -500,6 +501,15 @@ METRICS = (copying, authenticity, fidelity, replaced, sharpness, nearest_rms, mi
 NULLS = ("copy_ratio", "copy_low", "copy_high", "auth_share", "sscd")   # held-out images' beside
 
 
+def columns_of(metric, c):
+    """metric(c), checked: {column: number}. Raises InputError."""
+    row = metric(c)
+    if not isinstance(row, dict) or not all(isinstance(v, (int, float)) for v in row.values()):
+        raise InputError(f"metric {metric.__name__}: returned {row!r:.99}, must be "
+                         "{column: number}, say float(...)")
+    return row
+
+
 def power_spectrum(images):
     """The power at 0, 1, ... S/2 cycles per image of uint8 images (n, S, S, C): columns power_k.
 
@@ -546,9 +556,9 @@ def measure_controls(run, subset, exact):
     rows, results = [], {}
     for name, c in contexts.items():
         metrics = (copying, nearest_rms) if name == "leave_one_out" else METRICS
-        results[name] = {metric: cached(metric, c) for metric in metrics}
+        results[name] = {metric: cached(columns_of, metric, c) for metric in metrics}
         row = {"name": name, "images": len(c.images), "compared": c.count,
-               "made_of": digest_of(FILES, c.images, c.neighbours[1])[:8]}
+               "made_of": digest_of(codes_today(), c.images, c.neighbours[1])[:8]}
         if all(str(value) == old.get(name, {}).get(key) for key, value in row.items()):
             row |= old[name]
         for columns in results[name].values():
@@ -595,15 +605,21 @@ def measure(args, record, device):
     floor = cached(loss_floor, train.PROCESSES[options["process"]], subset.train,
                    labels if record["classes"] else None, options["eval_images"])
     common |= {f"floor_level{k}": value for k, value in enumerate(floor)}
-    measure_samples(args, options["batch"], drawn, subset, table, controls["training"], common)
+    measure_samples(args, options, drawn, subset, table, controls["training"], common)
     if args.planted:
         write_csv(run / "planted.csv", planted_rows(subset))
         print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
 
 
 def codes_today():
-    """{metric: code_of it}."""
-    return {metric.__name__: code_of(metric) for metric in METRICS}
+    """{metric: code_of it}. Raises InputError where two have one name, which is all that says in a
+    table by what it was measured."""
+    names = [getattr(metric, "__name__", "") for metric in METRICS]
+    for name in names:
+        if not name.isidentifier() or names.count(name) > 1:
+            raise InputError("METRICS: each must be a function with a name of its own, not "
+                             f"{name or 'one without'}")
+    return dict(zip(names, map(code_of, METRICS), strict=True))
 
 
 def codes_of(row):
@@ -626,18 +642,20 @@ def still_true(row, digest, code, spaces):
     return row
 
 
-def measure_samples(args, batch, drawn, subset, table, columns, common):
+def measure_samples(args, options, drawn, subset, table, columns, common):
     """metrics.csv and neighbours/[SET/]STEP.npz of the samples that lack any of the columns.
 
     drawn: {(set, step): Samples}; table: {(set, step): row of metrics.csv}; columns: {metric: its
     columns}; common: columns that are the same in all rows.
     """
     run, spaces, todo = args.run, [s for s in (subset.space, subset.sscd) if s], []
-    code, texts = codes_today(), {}
+    code, texts, process = codes_today(), {}, train.PROCESSES[options["process"]]
+    # What samples of before an option existed were drawn with.
+    defaults = {f"setting_{k}": value for k, value in sample.default_settings(process).items()}
     for (name, step), samples in drawn.items():
         digest = hashlib.sha256(samples.images.tobytes()).hexdigest()[:8]
         if row := still_true(table.pop((name, step), {}), digest, code, spaces):
-            table[name, step] = row | common
+            table[name, step] = defaults | row | common
         # What a metric that is gone was measured by stays, in case that it comes again, changed.
         texts[name, step] = " ".join(f"{k}:{v}" for k, v in (codes_of(row) | code).items())
         lacking = [m for m, names in columns.items() if m.__name__ not in codes_of(row)
@@ -653,12 +671,12 @@ def measure_samples(args, batch, drawn, subset, table, columns, common):
     for name, step, digest, lacking, path in todo:
         samples = drawn[name, step]
         c = Context(samples.images, subset)
-        row = {"set": name, "step": step, "images": step * batch, "samples": len(c.images),
-               "samples_digest": digest}
-        row |= {f"setting_{k}": value for k, value in samples.settings.items()}
+        row = {"set": name, "step": step, "images": step * options["batch"],
+               "samples": len(c.images), "samples_digest": digest}
+        row |= defaults | {f"setting_{k}": value for k, value in samples.settings.items()}
         row |= {"out_of_range": samples.out_of_range} | table.get((name, step), {})
         for metric in lacking:
-            row |= metric(c)
+            row |= columns_of(metric, c)
         write_neighbours(path, c, digest, step, samples.labels)
         table[name, step] = row | common | {"code": texts[name, step]} | {
             f"weights_{s.name}": s.key[:8] for s in spaces}
@@ -917,27 +935,39 @@ def digest_of(*things):
         elif isinstance(thing, train.Process):
             thing = train.fingerprint(thing)
         elif inspect.isroutine(thing):
-            thing = source_of(thing)
+            thing = code_of(thing) if thing in METRICS else source_of(thing)
         digest.update(f"{getattr(thing, 'key', thing)!r}\n".encode())
     return digest.hexdigest()
 
 
+def is_own(module):
+    """Whether a module is a file beside this one that is none of the project's."""
+    path = Path(getattr(module, "__file__", None) or "/")
+    return (path.parent == Path(__file__).parent and inspect.ismodule(module)
+            and module not in (train, sample, sys.modules[__name__]))
+
+
 def code_of(function):
-    """8 hex digits of the source of a metric and of all in this file that it uses."""
+    """8 hex digits of the source of a metric and of all that it uses, in this file and in files of
+    your own beside it."""
     things, sources, seen = [function, Context, Subset], [], set()
     for thing in things:                        # which grows
         sources.append(source_of(thing))
         parts = vars(thing).values() if inspect.isclass(thing) else [inspect.unwrap(thing)]
         parts = [part for part in parts if inspect.isfunction(part)]
         sources += [digest_of(*(part.__defaults__ or ())) for part in parts]
-        codes = [part.__code__ for part in parts]
-        for code in codes:                      # and so does this: functions within functions
-            codes += filter(inspect.iscode, code.co_consts)
-            for name in sorted({*code.co_names} - seen):
-                seen.add(name)
-                value = globals().get(name)
+        codes = [(part.__code__, part.__globals__) for part in parts]
+        for code, place in codes:               # and so does this: functions within functions
+            codes += [(inner, place) for inner in code.co_consts if inspect.iscode(inner)]
+            modules = [place[name] for name in code.co_names if is_own(place.get(name))]
+            known = collections.ChainMap(place, *map(vars, modules))
+            for name, value in [(name, known.get(name)) for name in sorted({*code.co_names})]:
+                if (name, id(value)) in seen:
+                    continue
+                seen.add((name, id(value)))
                 if inspect.isroutine(value) or inspect.isclass(value):
-                    things += [value] * (value.__module__ == __name__ and value not in things)
+                    own = value.__module__ == __name__ or is_own(sys.modules.get(value.__module__))
+                    things += [value] * (own and value not in [*things, cached, digest_of])
                 elif isinstance(value, (int, float, str, tuple, dict)):
                     sources.append(f"{name} = {getattr(value, 'key', value)!r}")
     return digest_of(*sources)[:8]
@@ -1145,7 +1175,10 @@ def sweep_words(flag, values):
             raise InputError(f"{flag} {value}: is listed twice, or starts with a 0")
         if is_switch and value not in ("on", "off"):
             raise InputError(f"{flag} {value}: must be on or off")
-    return [[flag] * (v == "on") if is_switch else [flag, *v.split(",")] for v in values]
+    if is_switch:                       # one that is on unless it is named has a --no-
+        return [[] if (v == "on") == options[key] else [flag if v == "on" else f"--no-{flag[2:]}"]
+                for v in values]
+    return [[flag, *v.split(",")] for v in values]
 
 
 def sweep_options(lists):
@@ -1213,6 +1246,29 @@ def drawn_of(run, record, settings, name, shots):
     return drawn, changed
 
 
+@functools.cache
+def subset_today(data, n, size, offset):
+    """The hash of the training subset that a file holds today."""
+    return train.hash_of(*train.load_data(data, n, size, offset)[:2])
+
+
+def network_today(options, image_shape, classes):
+    """train.network_values of the network that today's code builds."""
+    return train.network_values(train.build_net(options, image_shape, classes), image_shape,
+                                classes)
+
+
+def record_today(record, options):
+    """What the record of a run (args.json) would say today, if it were begun with these options."""
+    found = {"options": vars(options), "step_values": train.step_values(vars(options))}
+    if "network_values" in record:
+        found["network_values"] = cached(network_today, record["options"], record["image_shape"],
+                                         record["classes"])
+    if Path(options.data).is_file():
+        found["subset_sha256"] = subset_today(options.data, options.n, options.size, options.offset)
+    return found
+
+
 def sweep_state(run, options, drawing, args):
     """(state, steps to train, snapshots to draw or measure, held-out loss, copy ratio) of a run.
 
@@ -1224,9 +1280,7 @@ def sweep_state(run, options, drawing, args):
         return "not started", options.steps, len(planned), "-", "-"
     record, log = train.read_run(run), train.read_csv(run / "log.csv")
     step, process = int(log[-1]["step"]) if log else 0, train.PROCESSES[options.process]
-    other = train.differences(record, record | {
-        "options": vars(options),
-        "loss_fingerprint": train.loss_fingerprint(process, options.weighting)})
+    other = train.differences(record, record | record_today(record, options))
     if Path(record["options"]["data"]).stem != Path(options.data).stem:
         other.append("data")
     if step > options.steps:

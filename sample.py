@@ -32,6 +32,7 @@ from tqdm import tqdm
 from train import (
     PROCESSES,
     InputError,
+    alike,
     amp_dtype,
     as_shown,
     autocast,
@@ -44,6 +45,7 @@ from train import (
     load_checkpoint,
     load_subset,
     locked,
+    network_values,
     pick_device,
     read_npz,
     read_run,
@@ -216,9 +218,11 @@ def sampler_values(process, settings):
     """Sixteen numbers that the code of today draws in three steps, of a network known in closed
     form: if they change, so has the sampler.
     """
-    steps = min(3, settings["sampling_steps"])
-    x, _ = sample(lambda xt, t, labels: process.predict_given_x0(xt, 0.8 * xt.sin(), t), process,
-                  (1, 4, 4), [(0, 0)], steps, settings["eta"], settings["clip"])
+    def known(xt, t, labels):
+        return process.predict_given_x0(xt, (0.7 if labels is None else 0.8) * xt.sin(), t)
+    settings = settings | {"sampling_steps": min(3, settings["sampling_steps"]), "seed": 0}
+    x, _ = sample_with(settings, to_draw_with(settings, known, known), process, (1, 4, 4), [0],
+                       torch.zeros(1, dtype=torch.int64))
     return x.flatten().tolist()
 
 
@@ -321,6 +325,10 @@ def load_net(run, record, device):
     """The network of a run on the device, in eval mode; load_ema gives it weights."""
     with reading(f"{run}/args.json", "not written by train.py"):
         net = build_net(record["options"], record["image_shape"], record["classes"])
+    if (then := record.get("network_values")) and not alike(
+            then, network_values(net, record["image_shape"], record["classes"])):
+        raise InputError(f"{run}: its network is another one by the code of today; undo the "
+                         "change, or give it an option of its own")
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -401,6 +409,23 @@ def default_settings(process):
     return settings_of(make_parser().parse_args([""]), process)
 
 
+def sample_with(settings, net, process, shape, images, labels=None, device="cpu", progress=None):
+    """sample, of these image indices: the place where settings become its arguments."""
+    return sample(net, process, shape, [(settings["seed"], i) for i in images],
+                  settings["sampling_steps"], settings["eta"], settings["clip"], labels, device,
+                  progress)
+
+
+def to_draw_with(settings, early, late):
+    """The net(xt, t, labels) that the sampler asks: `late` from the time of --switch on."""
+    switch_at = float(settings["switch"].partition("@")[2] or 0)
+
+    def net(xt, t, labels):
+        # Asking for t waits for the device; without a switch there is nothing to ask.
+        return (late if switch_at and t[0] <= switch_at else early)(xt, t, labels)
+    return net
+
+
 def draw(args, net, process, settings, record, device, name):
     """The images uint8 (num, H, W, C), labels (num,) and share of values out of range of a net."""
     (H, W, C), wanted = record["image_shape"], record["labels"]
@@ -414,9 +439,8 @@ def draw(args, net, process, settings, record, device, name):
         for first in range(0, args.num, batch):
             stop = first + batch if padded else min(first + batch, args.num)
             label = send(labels[first:stop], device) if record["classes"] else None
-            seeds = [(settings["seed"], i) for i in range(first, stop)]
-            x, out = sample(net, process, (C, H, W), seeds, settings["sampling_steps"],
-                            settings["eta"], settings["clip"], label, device, bar.update)
+            x, out = sample_with(settings, net, process, (C, H, W), range(first, stop), label,
+                                 device, bar.update)
             images.append(to_uint8(x))
             outside.append(out)
             finite.append(x.isfinite().all())
@@ -427,7 +451,7 @@ def draw(args, net, process, settings, record, device, name):
     return images, labels[:args.num].numpy(), float(torch.cat(outside)[:args.num].mean())
 
 
-def network(args, process, record, device):
+def network(args, process, settings, record, device):
     """The net(xt, t, labels) to draw with, and load(step), which gives it a snapshot's weights.
 
     With --switch it is two networks, one for the times above its T, one for the others.
@@ -441,17 +465,15 @@ def network(args, process, record, device):
     net = load_net(args.run, record, device)
     early = late = compiled(net, device, args.compile)
     if args.switch:
-        step, switch_at = args.switch.split("@")
         second = load_net(args.run, record, device)
-        load_ema(second, args.run, record, int(step))
+        load_ema(second, args.run, record, int(args.switch.split("@")[0]))
         late = compiled(second, device, args.compile)
+    chosen = to_draw_with(settings, early, late)
 
-    def mixed(xt, t, labels):
-        # Asking for t waits for the device; without a switch there is nothing to ask.
-        chosen = late if args.switch and t[0] <= float(switch_at) else early
+    def autocasted(xt, t, labels):
         with autocast(device, args.amp):
             return chosen(xt, t, labels)
-    return mixed, lambda step: load_ema(net, args.run, record, step)
+    return autocasted, lambda step: load_ema(net, args.run, record, step)
 
 
 @command_line
@@ -487,7 +509,7 @@ def main(argv=None):
               f"on {device}", flush=True)
         if not todo:
             return
-        net, load = network(args, process, record, device)
+        net, load = network(args, process, settings, record, device)
         for name, path in todo.items():
             load(name)
             images, labels, outside = draw(args, net, process, settings, record, device, path.stem)

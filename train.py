@@ -480,18 +480,51 @@ def fingerprint(process):
     return hashlib.sha256(values.numpy().tobytes() + f"{process.T}".encode()).hexdigest()[:12]
 
 
-def loss_fingerprint(process, weighting):
-    """12 hex digits of the training loss, as the code of today computes it: of one pixel of four
-    values at 63 times, for a network that answers 0 and one that answers 1.
+class Affine(nn.Module):
+    """A network of two numbers, w xt + b, for step_values."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, xt, t, labels=None):
+        return self.w * xt + self.b
+
+
+def step_values(options):
+    """What the code of today makes of three training steps with these options: three losses, two
+    weights, their averages; of a network of two weights on noise. If they change, so has the loss,
+    its weighting, what a step draws, the optimizer or the average.
     """
-    t = process.training_time(torch.arange(1, 64, dtype=torch.float64) / 64)
-    x0 = torch.tensor([-1, -0.4, 0.3, 0.9], dtype=t.dtype).reshape(1, 1, 2, 2).repeat(63, 1, 1, 1)
-    losses = torch.stack([
-        WEIGHTINGS[weighting](process, t) * diffusion_loss(
-            lambda xt, t, labels, k=k: torch.full_like(xt, k), process, x0, t, 0.5 - x0.flip(3))
-        for k in (0, 1)])
-    text = " ".join(f"{value:.4g}" for value in losses.flatten().tolist())
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    args = argparse.Namespace(**options | {"batch": 64, "amp": "off"})
+    images = torch.randint(256, (64, 4, 4, 1), dtype=torch.uint8, generator=generator("cpu"))
+    with torch.random.fork_rng(devices=[]):
+        state, losses = fresh_state(args, Affine(), torch.device("cpu")), []
+        for step in (1, 2, 3):
+            losses.append(training_loss(state.net, (images, None), args, step))
+            update(state, losses[-1], step, args.ema)
+    return torch.stack([*losses, *state.weights, *state.averages]).tolist()
+
+
+def network_values(net, image_shape, classes):
+    """Sixteen numbers that a network, just built by the code of today, gives on the CPU. If they
+    change, so has the network. It comes back with other weights, in evaluation mode.
+    """
+    size, _, channels = image_shape
+    g = generator("cpu", "network")
+    with torch.no_grad():
+        for p in net.parameters():      # what starts at 0 would hide all that comes before it
+            p.copy_(torch.randn(p.shape, generator=g) * (max(1, *p.shape[:1]) / p.numel()) ** 0.5)
+        x = torch.randn(2, channels, size, size, generator=g)
+        y = net.eval()(x, torch.tensor([0.2, 0.7]), torch.arange(2) % classes if classes else None)
+    return y.flatten()[torch.linspace(0, y.numel() - 1, 16).long()].tolist()
+
+
+def alike(then, now):
+    """Whether step_values or network_values are those of a record, but for rounding. True where a
+    run is older than they are."""
+    return None in (then, now) or (len(then) == len(now) and
+                                   np.allclose(then, now, 1e-3, 1e-3, equal_nan=True))
 
 
 def evaluation_steps(steps, per_doubling=2, first=64):
@@ -803,6 +836,7 @@ def run_name(args):
             continue
         text = ("-".join(map(str, value)) if isinstance(value, list) else
                 Path(value).stem if key == "data" else "" if value is True else str(value))
+        text = text.replace("/", "-")               # the name is a folder's
         name += f"_{text}" if key in ("data", "process") else f"_{key}{text}"
     return name
 
@@ -840,8 +874,8 @@ def check_unet(width, mults, blocks, attention, embed, size):
             raise InputError(f"--width {width}: heads of 64 channels do not divide the {d} "
                              f"channels of level {level}")
     if size % 2 ** (len(mults) - 1):
-        raise InputError(f"--size {size}: {len(mults)} levels halve the picture "
-                         f"{len(mults) - 1} times; needs a multiple of {2 ** (len(mults) - 1)}")
+        raise InputError(f"--size {size}, given or the pictures' own: the {len(mults)} levels of "
+                         f"--mults need a multiple of {2 ** (len(mults) - 1)}")
     return attention
 
 
@@ -852,15 +886,20 @@ def set_up(args, record, out, net, device, rank=0):
     """The State to start from: network, its moving average, optimizer, and how far they are."""
     if device.type == "cuda":
         setup_cuda()
-    net.to(device, memory_format=torch.channels_last).train()
-    average = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
-    state = State(net, average, optimizer, scaler, identity(record))
+    state = fresh_state(args, net, device, identity(record))
     state.load(out, args.steps, rank)
     if rank == 0:
         state.announce(out, record)
     return state
+
+
+def fresh_state(args, net, device, run=""):
+    """The State of step 0: the network on the device, its average, the optimizer."""
+    net.to(device, memory_format=torch.channels_last).train()
+    average = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, args.amp) == torch.float16)
+    return State(net, average, optimizer, scaler, run)
 
 
 class State:
@@ -875,6 +914,8 @@ class State:
         self.run, self.step, self.seconds, self.rows = run, 0, 0.0, []
         self.weights, self.averages = list(net.parameters()), list(average.parameters())
         self.buffers = list(zip(average.buffers(), net.buffers(), strict=True))
+        # As they are before any step: a schedule may change them.
+        self.settings = settings_of(optimizer.state_dict())
 
     def load(self, out, steps, rank=0):
         """Take last.pt, if there is one; a run that has ended may have lost it since.
@@ -887,7 +928,9 @@ class State:
             with reading(path, DELETE_ADVICE):
                 self.net.load_state_dict(last["net"])
                 self.average.load_state_dict(last["ema"])
-                other = changed_settings(self.optimizer, last["optimizer"])
+                then = last.get("optimizer_settings", settings_of(last["optimizer"]))
+                other = sorted({key for new, old in zip(self.settings, then, strict=True)
+                                for key in new.keys() & old.keys() if new[key] != old[key]})
                 other += ["class"] * (last.get("optimizer_class", type(self.optimizer).__name__)
                                       != type(self.optimizer).__name__)
                 self.optimizer.load_state_dict(last["optimizer"])
@@ -926,7 +969,8 @@ class State:
             "run": self.run, "step": self.step, "seconds": self.seconds, "rows": self.rows,
             "net": self.net.state_dict(), "ema": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "optimizer_class": type(self.optimizer).__name__})
+            "optimizer_class": type(self.optimizer).__name__,
+            "optimizer_settings": self.settings})
 
     def save_snapshot(self, out):
         """Write snapshots/STEP.pt, the averaged weights."""
@@ -934,11 +978,10 @@ class State:
              {"run": self.run, "step": self.step, "ema": self.average.state_dict()})
 
 
-def changed_settings(optimizer, saved):
-    """The settings (lr, betas, ...) in which an optimizer differs from a saved state of one."""
-    return sorted({k for new, old in zip(optimizer.state_dict()["param_groups"],
-                                         saved["param_groups"], strict=True)
-                   for k in new.keys() & old.keys() - {"params"} if new[k] != old[k]})
+def settings_of(optimizer):
+    """The settings (lr, betas, ...) in the state of an optimizer, a dict per group of weights."""
+    return [{key: value for key, value in group.items() if key != "params"}
+            for group in optimizer["param_groups"]]
 
 
 def describe(args, data, net, classes):
@@ -957,7 +1000,9 @@ def describe(args, data, net, classes):
             "labels": np.unique(data.train_labels).tolist(),
             "subset_sha256": hash_of(*data[:2]), "heldout_sha256": hash_of(*data[2:]),
             "process_fingerprint": fingerprint(PROCESSES[args.process]),
-            "loss_fingerprint": loss_fingerprint(PROCESSES[args.process], args.weighting),
+            "step_values": step_values(vars(args)),
+            "network_values": network_values(copy.deepcopy(net), data.train_images.shape[1:],
+                                             classes),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__, "cuda": torch.version.cuda},
             "git_commit": commit or "unknown"}
@@ -1018,10 +1063,13 @@ def differences(old, new):
     """The names of what makes two records those of different runs, sorted; [] for the same run."""
     names = {k for k, value in new["options"].items()
              if k not in (*FREE, "data") and old["options"].get(k) != value}
-    for key, name in (("subset_sha256", "training images"), ("heldout_sha256", "held-out images"),
-                      ("loss_fingerprint", "loss, which the code has changed since")):
-        if old.get(key, new.get(key)) != new.get(key):
+    for key, name in (("subset_sha256", "training images"), ("heldout_sha256", "held-out images")):
+        if old[key] != new[key]:
             names.add(name)
+    if not names:                                   # else these are others because of that
+        names = {f"{name}, by the code of today" for key, name in (
+            ("step_values", "loss or training step"), ("network_values", "network"))
+                 if not alike(old.get(key), new.get(key))}
     return sorted(names)
 
 
