@@ -481,20 +481,21 @@ def fingerprint(process):
 
 
 class Affine(nn.Module):
-    """A network of two numbers, w xt + b, for step_values."""
+    """A network of two numbers, w xt + b, for step_values; in float64, since they hardly move."""
 
     def __init__(self):
         super().__init__()
-        self.w, self.b = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(1.0))
+        self.parts = nn.Parameter(torch.tensor([0.5, 0.0], dtype=torch.float64))
 
     def forward(self, xt, t, labels=None):
-        return self.w * xt + self.b
+        w, b = self.parts.unbind()
+        return w * xt + b
 
 
 def step_values(options):
-    """What the code of today makes of three training steps with these options: three losses, two
-    weights, their averages; of a network of two weights on noise. If they change, so has the loss,
-    its weighting, what a step draws, the optimizer or the average.
+    """What the code of today makes of three training steps with these options: three losses, and by
+    how many lr two weights and their averages move; of a network of these two on noise. If they
+    change, so has the loss, its weighting, what a step draws, the optimizer or the average.
     """
     args = argparse.Namespace(**options | {"batch": 64, "amp": "off"})
     images = torch.randint(256, (64, 4, 4, 1), dtype=torch.uint8, generator=generator("cpu"))
@@ -503,7 +504,8 @@ def step_values(options):
         for step in (1, 2, 3):
             losses.append(training_loss(state.net, (images, None), args, step))
             update(state, losses[-1], step, args.ema)
-    return torch.stack([*losses, *state.weights, *state.averages]).tolist()
+    moves = torch.cat([*state.weights, *state.averages]) - Affine().parts.repeat(2)
+    return [*torch.stack(losses).tolist(), *(moves / args.lr).tolist()]
 
 
 def network_values(net, image_shape, classes):

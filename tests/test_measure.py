@@ -1,14 +1,17 @@
 """measure.py: every metric against a case with a known answer, or a public implementation of it."""
 
+import functools
 import hashlib
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import measure
 import sample
@@ -602,6 +605,45 @@ def test_a_metric_that_went_and_came_again_changed_is_measured_anew(run, monkeyp
     monkeypatch.setattr(measure, "METRICS", real)
     measure.main([str(run), "--device", "cpu"])
     assert all(a < b for a, b in zip(first, share(200), strict=True))
+
+
+@pytest.mark.parametrize(("metrics", "words"), [
+    ([lambda c: {"a": 1.0}], ["METRICS", "<lambda>"]),
+    ([measure.copying], ["METRICS", "copying"]),
+    ([functools.partial(measure.mixture, k=3)], ["METRICS", "one without"])])
+def test_metrics_need_names_of_their_own(run, monkeypatch, refused, metrics, words):
+    monkeypatch.setattr(measure, "METRICS", (*measure.METRICS, *metrics))
+    refused(measure.main, [run, "--device", "cpu"], *words)
+
+
+@pytest.mark.parametrize("returned", [{"dark": torch.tensor(0.5)}, 0.5, {"dark": "half"}])
+def test_a_metric_that_gives_no_numbers_is_named(run, monkeypatch, refused, returned):
+    def dark(c):
+        """No float."""
+        return returned
+    monkeypatch.setattr(measure, "METRICS", (*measure.METRICS, dark))
+    refused(measure.main, [run, "--device", "cpu"], "metric dark", "must be {column: number}")
+
+
+def test_a_metric_in_a_file_of_your_own_is_measured_anew_when_that_changes(run, tmp_path):
+    """With copies of the scripts, since a file of one's own lies beside them."""
+    for name in ("train.py", "sample.py", "measure.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    text = (ROOT / "measure.py").read_text().replace(
+        "\nMETRICS = (", "\nimport mine\nMETRICS = (mine.dark, ").replace(
+        'NULLS = (', 'NULLS = ("dark_share", ')
+    (tmp_path / "measure.py").write_text(text)
+    shares = []
+    for limit in (64, 200):
+        (tmp_path / "mine.py").write_text(
+            f"LIMIT = {limit}\n\ndef below(x):\n    return x < LIMIT\n\n"
+            "def dark(c):\n    return {'dark_share': float(below(c.images).float().mean())}\n")
+        done = subprocess.run([sys.executable, str(tmp_path / "measure.py"), str(run), "--device",
+                               "cpu"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "5 of 5 snapshots" in done.stdout, done.stderr
+        row = metrics(run)[-1]
+        shares.append((float(row["dark_share"]), float(row["null_dark_share"])))
+    assert shares[0][0] < shares[1][0] and shares[0][1] < shares[1][1]
 
 
 def test_what_a_metric_uses_belongs_to_its_code(monkeypatch):

@@ -296,6 +296,36 @@ def test_samples_of_other_weights_or_of_another_sampler_are_refused(sampled_run,
     refused(sample.main, argv, path, "other weights")
 
 
+def test_an_option_of_your_own_belongs_to_the_sampler(sampled_run, tmp_path, refused, monkeypatch,
+                                                      capsys):
+    run, power = shutil.copytree(sampled_run, tmp_path / "r"), [1]
+
+    def more(real=sample.make_parser):
+        parser = real()
+        parser.add_argument("--guidance", type=float, default=0.0)
+        return parser
+
+    def guided(settings, early, late, real=sample.to_draw_with):
+        net = real(settings, early, late)
+        return lambda xt, t, labels: (1 + settings["guidance"] ** power[0]) * net(xt, t, labels)
+    monkeypatch.setattr(sample, "make_parser", more)
+    monkeypatch.setattr(sample, "to_draw_with", guided)
+    argv = [str(run), "--num", "4", "--device", "cpu", "--sampling-steps", "5"]
+    sample.main([*argv, "--guidance", "0.5"])
+    power[0] = 2
+    refused(sample.main, [*argv, "--guidance", "0.5"], "steps5_guidance0.5", "another sampler")
+    sample.main([*argv, "--guidance", "0"])         # which the power does not change
+    assert "0 of 5" in capsys.readouterr().out
+
+
+def test_another_network_is_not_sampled(sampled_run, tmp_path, refused, monkeypatch):
+    run = shutil.copytree(sampled_run, tmp_path / "r")
+    monkeypatch.setattr(train.F, "silu", lambda x, inplace=False: train.F.gelu(x))
+    refused(sample.main, [run, "--num", "4", "--device", "cpu", "--sampling-steps", "5", "--eta",
+                          "1"], run, "network", "code of today")
+    assert not (run / "samples/steps5_eta1").exists()
+
+
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_prediction_that_is_not_finite_is_not_drawn(process, bad, sampled_run, tmp_path, refused,

@@ -5,6 +5,7 @@ runs, end them, continue) mostly on scripts that do nothing but write files, sin
 BASH32=/path/to/bash runs all of it with another bash; macOS has version 3.2.
 """
 
+import argparse
 import contextlib
 import csv
 import fcntl
@@ -22,6 +23,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -346,6 +348,19 @@ def test_any_option_can_vary(rows):
     assert "--mults 1 2 4" in rows("custom", VARY="mults 1,2 1,2,4", **one)[base]
 
 
+def test_a_switch_that_is_on_by_default_can_vary(monkeypatch):
+    import measure
+    import train
+
+    def more(real=train.make_parser):
+        parser = real()
+        parser.add_argument("--bias", action=argparse.BooleanOptionalAction, default=True)
+        return parser
+    monkeypatch.setattr(train, "make_parser", more)
+    assert measure.sweep_words("--bias", ["on", "off"]) == [[], ["--no-bias"]]
+    assert measure.sweep_words("--flip", ["on", "off"]) == [["--flip"], []]
+
+
 @pytest.mark.parametrize("change, word", [
     ({"N": "4k"}, "--n"), ({"BATCH": "16 08 32"}, "--batch 08"), ({"BATCH": "0"}, "--batch 0"),
     ({"N": "16 16"}, "--n 16: is listed twice"), ({"LR": "fast"}, "--lr"),
@@ -422,6 +437,34 @@ def state(out, name=ONE, train=(), sample=(), measure=(), images=48):
         out / name, train_py.parse([*base, *train]),
         sample_py.parse(["", *TINY["SAMPLE"].split(), *sample]),
         measure_py.parse(["", *measure]))[0]
+
+
+def test_a_run_of_another_code_or_of_other_images_is_not_done(left_alone, tmp_path, monkeypatch):
+    import measure as measure_py
+    import train as train_py
+    monkeypatch.chdir(tmp_path)
+    out = shutil.copytree(left_alone[0], tmp_path / "runs")
+    with monkeypatch.context() as changed:
+        changed.setattr(measure_py, "FILES", "a changed file")
+        changed.setattr(train_py.F, "silu", lambda x, inplace=False: train_py.F.gelu(x))
+        assert state(out) == "another run: network, by the code of today"
+    with monkeypatch.context() as changed:
+        changed.setitem(train_py.WEIGHTINGS, "uniform", lambda process, t: 1 + t)
+        assert "another run: loss or training step" in state(out)
+    # the same name of a file, with other images
+    data = tmp_path / "d.npz"
+    options = ["--data", str(data), "--size", "8"]
+    for seed in (0, 1):
+        g = np.random.default_rng(seed)
+        np.savez(data, **{f"{split}_{what}": g.integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+                          if what == "images" else np.arange(12)
+                          for split in ("train", "test") for what in ("images", "labels")})
+        measure_py.subset_today.cache_clear()
+        if not seed:
+            words = TINY["TRAIN"] + " --mults 1 2 --blocks 1 --width 8 --batch 4 --lr 1e-3 --n 4"
+            train_py.main([*words.split(), *options, "--steps", "12", "--out", str(out / "own")])
+            assert state(out, "own", train=options).startswith("sampling")
+    assert state(out, "own", train=options) == "another run: training images"
 
 
 def test_what_drew_and_measured_a_run_belongs_to_its_state(left_alone, tmp_path, monkeypatch):

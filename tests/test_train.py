@@ -155,10 +155,10 @@ def test_a_run_of_before_identities_keeps_its_tables(tmp_path):
 
 
 def test_weighting_is_only_the_trained_loss(tmp_path):
-    for weighting in train.WEIGHTINGS:
+    for weighting in ("uniform", "sigmoid"):
         train.main([*TINY, "--process", "flow", "--weighting", weighting, "--steps", "4",
                     "--out", str(tmp_path / weighting)])
-    one, two = (columns(tmp_path / weighting)[0] for weighting in train.WEIGHTINGS)
+    one, two = (columns(tmp_path / weighting)[0] for weighting in ("uniform", "sigmoid"))
     assert one != two and float(one["train_loss"]) == pytest.approx(float(two["train_loss"]),
                                                                     rel=0.02)
 
@@ -494,6 +494,53 @@ def test_another_loss_or_optimizer_does_not_go_on_with_a_run(tmp_path, sampled_r
             changed.setattr(torch.optim, "Adam", lambda *a, **k: real(*a, betas=(0.9, 0.99), **k))
             refused(train.main, argv, "last.pt", "betas")
     assert (run / "last.pt").read_bytes() == before
+
+
+def clipped(state, loss, step, ema, real=train.update):
+    """train.update of a tenth of the loss from step 2 on, which Adam cannot undo."""
+    real(state, loss * (1 if step == 1 else 0.1), step, ema)
+
+
+def averaged(state, loss, step, ema, real=train.update):
+    """train.update with an average that warms up sooner."""
+    real(state, loss, step + 5, ema)
+
+
+@pytest.mark.parametrize(("place", "name", "value"), [
+    (train.F, "silu", lambda x, inplace=False: train.F.gelu(x)),
+    (train, "update", clipped), (train, "update", averaged),
+    (train, "to_float", lambda x: x.permute(0, 3, 1, 2).float() / 255)])
+def test_another_network_or_training_step_does_not_go_on_with_a_run(
+        tmp_path, sampled_run, refused, monkeypatch, place, name, value):
+    run = shutil.copytree(sampled_run, tmp_path / "r")
+    before = (run / "last.pt").read_bytes()
+    monkeypatch.setattr(place, name, value)
+    what = "network, by the code of today" if name == "silu" else "training step, by the code"
+    refused(train.main, [*TINY, "--steps", "20", "--out", run], run, what)
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_a_learning_rate_schedule_goes_on(tmp_path, monkeypatch, refused):
+    def warmed(state, loss, step, ema, real=train.update):
+        for group in state.optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, step / 6)
+        real(state, loss, step, ema)
+    monkeypatch.setattr(train, "update", warmed)
+    for out, ends in (("a", ("4", "8")), ("b", ("8",))):
+        for steps in ends:
+            train.main([*TINY, "--lr", "1e-3", "--steps", steps, "--out", str(tmp_path / out)])
+    a, b = (train.load_checkpoint(tmp_path / out / "last.pt")["net"] for out in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_what_the_code_computes_is_the_same_on_every_call():
+    options = vars(train.parse([*TINY, "--flip", "--weighting", "sigmoid", "--process", "flow"]))
+    state = torch.get_rng_state()
+    one, two = train.step_values(options), train.step_values(options)
+    assert one == two and len(one) == 7 and torch.equal(torch.get_rng_state(), state)
+    nets = [train.build_net(options | {"seed": seed}, (8, 8, 3), 3) for seed in (0, 1)]
+    one, two = (train.network_values(net, (8, 8, 3), 3) for net in nets)
+    assert one == two and np.std(one) > 0.1         # of the code alone, not of the seed
 
 
 def test_what_a_run_began_with_stays_in_its_record(tmp_path, sampled_run, monkeypatch):
