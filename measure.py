@@ -655,7 +655,7 @@ def measure_samples(args, options, drawn, subset, table, columns, common):
     for (name, step), samples in drawn.items():
         digest = hashlib.sha256(samples.images.tobytes()).hexdigest()[:8]
         if row := still_true(table.pop((name, step), {}), digest, code, spaces):
-            table[name, step] = defaults | row | common
+            table[name, step] = row | defaults | row | common       # in the order of before
         # What a metric that is gone was measured by stays, in case that it comes again, changed.
         texts[name, step] = " ".join(f"{k}:{v}" for k, v in (codes_of(row) | code).items())
         lacking = [m for m, names in columns.items() if m.__name__ not in codes_of(row)

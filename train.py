@@ -525,7 +525,7 @@ def network_values(net, image_shape, classes):
 def alike(then, now):
     """Whether step_values or network_values are those of a record, but for rounding. True where a
     run is older than they are."""
-    return None in (then, now) or (len(then) == len(now) and
+    return None in (then, now) or (np.shape(then) == np.shape(now) and
                                    np.allclose(then, now, 1e-3, 1e-3, equal_nan=True))
 
 
@@ -1054,7 +1054,9 @@ def check_record(record):
             raise ValueError(f"{action.dest}: {value}")
     shape, classes, labels = (record[key] for key in ("image_shape", "classes", "labels"))
     numbers = {type(v) for v in (*shape, *labels, classes, record["options"]["steps"])}
-    if not (numbers == {int} and shape[0] == shape[1] in range(4, 2**16) and shape[2:] in ([1], [3])
+    values = [*(record.get("step_values") or ()), *(record.get("network_values") or ())]
+    if not (numbers == {int} and {type(v) for v in values} <= {int, float}
+            and shape[0] == shape[1] in range(4, 2**16) and shape[2:] in ([1], [3])
             and min(labels, default=0) >= 0 and (not classes or max(labels) < classes <= 10**4)
             and isinstance(record["subset_sha256"], str)
             and isinstance(record.get("defaults", {}), dict)):
@@ -1066,7 +1068,7 @@ def differences(old, new):
     names = {k for k, value in new["options"].items()
              if k not in (*FREE, "data") and old["options"].get(k) != value}
     for key, name in (("subset_sha256", "training images"), ("heldout_sha256", "held-out images")):
-        if old[key] != new[key]:
+        if old.get(key, new.get(key)) != new.get(key):
             names.add(name)
     if not names:                                   # else these are others because of that
         names = {f"{name}, by the code of today" for key, name in (
