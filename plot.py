@@ -175,6 +175,8 @@ class Run:
     parameters: float = math.nan
 
     def __post_init__(self):
+        if "data" in self.options:              # wherever the file is
+            self.options = self.options | {"data": Path(str(self.options["data"])).stem}
         self.seed = self.options.get("seed", 0)
         self.last_step = max((table["step"][-1] for table in (self.log, self.metrics) if table),
                              default=math.nan)
@@ -347,11 +349,9 @@ def read_root(root, damaged):
 
 
 def unlike(run, other, ignore):
-    """The options, sorted, that two runs both have and that differ; of data, only its name."""
+    """The options, sorted, that two runs both have and that differ."""
     names = run.options.keys() & other.options.keys() - run.free - {*ignore}
-    return sorted(name for name in names if run.options[name] != other.options[name]
-                  and not (name == "data" and Path(str(run.options[name])).stem
-                           == Path(str(other.options[name])).stem))
+    return sorted(name for name in names if run.options[name] != other.options[name])
 
 
 def find_runs(*roots, damaged=None, ignore=()):
@@ -1197,7 +1197,7 @@ LEVEL_PANELS = {f"level{k}": (f"t = {k / 10:.1f} to {k / 10 + 0.1:.1f}", "linear
                               f"train_loss_level{k} heldout_loss_level{k} floor_level{k}")
                 for k in range(10)}
 PANELS |= LEVEL_PANELS
-FOUR = ["loss", "copy", "sw", "fid"]            # the study's own
+FOUR = ["loss", "copy", "sw", "fid"]            # the study's own; of sweeps, and of run_RUN.png
 # How a column is drawn, by a word in its name: line, colour (None: the run's), label.
 STYLES = {"null": (":", GREY, "null"), "floor": ("-", RED, "perfect memorizer"),
           "replaced": ("-.", None, "samples replaced by nearest training images"),
@@ -1371,8 +1371,9 @@ def plot_levels(run, path):
 
 def plot_hump(run, path):
     """The study's panels; below, what the samples are: sharp or averages; and their spectrum."""
-    figure, axes = panels(run, [[*FOUR, "power"], ["kid_replaced", "sharpness", "contrast",
-                                                   "mixture", "power"]], (16, 6.4))
+    figure, axes = panels(run, [["loss", "copy", "sw", "fid", "power"],
+                                ["kid_replaced", "sharpness", "contrast", "mixture", "power"]],
+                          (16, 6.4))
     spectrum = axes.pop("power")
     powers = {row.get("name") or number(row["step"]):
               np.array([number(v) for k, v in row.items() if k.startswith("power_")])
@@ -1602,7 +1603,8 @@ def plot_sweep(factor, groups, path, study=None):
     times = {"training step": lambda value: 1}
     if normalised:
         times[f"T = {formula}"] = lambda value: normalised(value, min(groups))
-    figure, axes = plt.subplots(len(times), 4, figsize=(13, 3 * len(times) + 0.9), squeeze=False)
+    figure, axes = plt.subplots(len(times), len(FOUR), squeeze=False,
+                                figsize=(3.25 * len(FOUR), 3 * len(times) + 0.9))
     places = zip(axes.flat, itertools.product(times.items(), FOUR), strict=True)
     for axis, ((time, scale), name) in places:
         panel, kind, columns = PANELS[name]
@@ -1610,7 +1612,7 @@ def plot_sweep(factor, groups, path, study=None):
             line, _, text = style_of(column)
             for color, (value, runs) in zip(palette(len(groups)), groups.items(), strict=True):
                 curve(axis, runs, column, color, scale(value),
-                      label_of(factor, value) if line == "-" else "")
+                      words(label_of(factor, value)) if line == "-" else "")
             axis.plot([], [], color="0.25", linestyle=line, label=text)
         if study:
             behind = axis.twinx()
@@ -1656,7 +1658,7 @@ def plot_onset(factor, groups, path, runs):
     dress(axis, note, "log", label)
     axis.set(ylabel="onset of memorization, training step", xscale="log" if numeric else "linear")
     axis.set_xticks([*groups] if numeric else range(len(groups)),
-                    [label_of(factor, value).split(" = ")[1] for value in groups])
+                    [words(label_of(factor, value).split(" = ")[1]) for value in groups])
     axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     save_figure(figure, path, "onset by its definition", "right")
 
@@ -1702,11 +1704,12 @@ RUN_FIGURES = (("run_{}.png", plot_run, "step"), ("metrics_{}.png", plot_metrics
                ("twins_{}.png", plot_twins, "twin_"), ("planted_{}.png", plot_planted, "planted"))
 
 
-def draw_all(runs, found, folder, study):
+def draw_all(runs, found, folder, study, damaged):
     """Every figure that runs and their sweeps (found, see sweeps) have the data for.
 
     Of several seeds the first gets all figures, the others their curves. study: the study's own
-    sweeps, to be drawn behind these, or {}.
+    sweeps, to be drawn behind these, or {}. damaged: a list that takes the message of each file
+    that cannot be read.
     """
     seen = set()
     for run in [run for run in runs if not run.options.get("setting_switch")]:
@@ -1716,7 +1719,10 @@ def draw_all(runs, found, folder, study):
         for name, draw, needs in RUN_FIGURES:
             if (draw is plot_run or (run.key(), draw) not in seen) and all(
                     any(have.startswith(need) for have in data) for need in needs.split()):
-                draw(run, folder / name.format(run.stem))
+                try:
+                    draw(run, folder / name.format(run.stem))
+                except PlotError as error:
+                    damaged.append(str(error))
                 seen.add((run.key(), draw))
     switched = [run for run in runs if "setting_switch" in run.options]     # it varies, then
     for sets in grouped(switched, lambda run: (run.key("setting_switch"), run.seed)).values():
@@ -1743,7 +1749,7 @@ def report(roots, study, ignore):
     for folder, runs in groups.items():
         found = sweeps(runs)
         write_tables(runs, found, folder, study)
-        draw_all(runs, found, folder, sweeps(study_runs()) if study else {})
+        draw_all(runs, found, folder, sweeps(study_runs()) if study else {}, damaged)
         print(f"{folder}: {len(runs)} run{'s' * (len(runs) > 1)} drawn")
         print("\n".join(map(run_text, runs)) if len(usual(runs)) == 1 else
               (folder / "claims.md").read_text(encoding="utf-8"))

@@ -391,6 +391,35 @@ def test_damaged_neighbours_are_named(run):
         plot.plot_samples(run, None)
 
 
+def test_a_damaged_file_of_neighbours_costs_its_own_figures_alone(tmp_path, capsys):
+    for n in (16, 32):
+        made_up(tmp_path, n)
+    broken = next(tmp_path.rglob("N16_s0")) / "neighbours/0000256.npz"
+    broken.write_bytes(b"PK")
+    with pytest.raises(SystemExit) as end:
+        plot.main([str(tmp_path)])
+    assert end.value.code == 1 and "0000256.npz: damaged" in capsys.readouterr().err
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"sweep_n.png", "run_N16_s0.png", "samples_N32_s0.png", "film_N32_s0.gif"} <= drawn
+    assert "samples_N16_s0.png" not in drawn
+
+
+def test_the_same_file_of_data_elsewhere_is_the_same_data(tmp_path):
+    for root, place in (("a", "x/c.npz"), ("b", "c.npz")):
+        for n in (16, 32) if root == "a" else (32, 64):
+            made_up(tmp_path / root, n, data=place)
+    ((runs),) = plot.find_runs(tmp_path / "a", tmp_path / "b").values()
+    assert [*plot.sweeps(runs)["n"]] == [16, 32, 64]
+
+
+def test_a_panel_more_in_the_sweeps(tmp_path, monkeypatch):
+    for n in (16, 32):
+        made_up(tmp_path, n)
+    monkeypatch.setattr(plot, "FOUR", [*plot.FOUR, "sharpness"])
+    plot.main([str(tmp_path)])
+    assert (tmp_path / "figures/sweep_n.png").exists()
+
+
 def test_a_real_run_is_drawn(tiny_run):
     plot.main([str(tiny_run)])
     kinds = {path.name.split("_")[0] for path in (tiny_run / "figures").iterdir()}

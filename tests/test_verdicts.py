@@ -535,7 +535,7 @@ def test_families_are_named_by_what_differs(tmp_path):
         folder_of(tmp_path, f"c{n}", {"n": n, "data": "a/cifar", "size": 16})
     found = plot.find_runs(tmp_path)
     assert {folder.relative_to(tmp_path).as_posix(): len(runs) for folder, runs in found.items()} \
-        == {"figures/datatoy_size8": 2, "figures/dataa-cifar_size16": 2}
+        == {"figures/datatoy_size8": 2, "figures/datacifar_size16": 2}
 
 
 def test_tables_alone_give_the_same_tables_again(tmp_path, drawn):
