@@ -2,16 +2,15 @@
 
 import functools
 import hashlib
+import importlib
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 
 import measure
 import sample
@@ -625,22 +624,27 @@ def test_a_metric_that_gives_no_numbers_is_named(run, monkeypatch, refused, retu
     refused(measure.main, [run, "--device", "cpu"], "metric dark", "must be {column: number}")
 
 
-def test_a_metric_in_a_file_of_your_own_is_measured_anew_when_that_changes(run, tmp_path):
-    """With copies of the scripts, since a file of one's own lies beside them."""
-    for name in ("train.py", "sample.py", "measure.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    text = (ROOT / "measure.py").read_text().replace(
-        "\nMETRICS = (", "\nimport mine\nMETRICS = (mine.dark, ").replace(
-        'NULLS = (', 'NULLS = ("dark_share", ')
-    (tmp_path / "measure.py").write_text(text)
+def test_a_metric_in_a_file_of_your_own_is_measured_anew_when_that_changes(
+        run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("""
+LIMIT = 64
+
+def below(x):
+    return x < LIMIT
+
+def dark(c):
+    return {"dark_share": float(below(c.images).float().mean())}
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "measure.py"))      # beside it
+    mine = importlib.import_module("mine")
+    monkeypatch.setattr(measure, "METRICS", (mine.dark, *measure.METRICS))
+    monkeypatch.setattr(measure, "NULLS", ("dark_share", *measure.NULLS))
     shares = []
     for limit in (64, 200):
-        (tmp_path / "mine.py").write_text(
-            f"LIMIT = {limit}\n\ndef below(x):\n    return x < LIMIT\n\n"
-            "def dark(c):\n    return {'dark_share': float(below(c.images).float().mean())}\n")
-        done = subprocess.run([sys.executable, str(tmp_path / "measure.py"), str(run), "--device",
-                               "cpu"], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0 and "5 of 5 snapshots" in done.stdout, done.stderr
+        monkeypatch.setattr(mine, "LIMIT", limit)
+        measure.main([str(run), "--device", "cpu"])
+        assert "5 of 5 snapshots" in capsys.readouterr().out
         row = metrics(run)[-1]
         shares.append((float(row["dark_share"]), float(row["null_dark_share"])))
     assert shares[0][0] < shares[1][0] and shares[0][1] < shares[1][1]

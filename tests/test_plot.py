@@ -416,8 +416,9 @@ def test_a_panel_more_in_the_sweeps(tmp_path, monkeypatch):
     for n in (16, 32):
         made_up(tmp_path, n)
     monkeypatch.setattr(plot, "FOUR", [*plot.FOUR, "sharpness"])
-    plot.main([str(tmp_path)])
-    assert (tmp_path / "figures/sweep_n.png").exists()
+    ((runs),) = plot.find_runs(tmp_path).values()
+    plot.plot_sweep("n", plot.sweeps(runs)["n"], tmp_path / "sweep_n.png")
+    assert (tmp_path / "sweep_n.png").exists()
 
 
 def test_a_real_run_is_drawn(tiny_run):
