@@ -1281,11 +1281,12 @@ def sweep_state(run, options, drawing, args):
     record, log = train.read_run(run), train.read_csv(run / "log.csv")
     step, process = int(log[-1]["step"]) if log else 0, train.PROCESSES[options.process]
     other = train.differences(record, record | record_today(record, options))
-    if Path(record["options"]["data"]).stem != Path(options.data).stem:
-        other.append("data")
+    other += ["data"] * (Path(record["options"]["data"]).stem != Path(options.data).stem)
     if step > options.steps:
         other.append(f"last step, {step}")
     settings = sample.settings_of(drawing, process)
+    if step >= options.steps:           # no more will come, whatever the schedule is today
+        planned = [int(row["step"]) for row in log]
     name, shots = sample.set_name(settings, process), {*planned, *sample.snapshots(run)}
     drawn, changed = drawn_of(run, record, settings, name, shots)
     other += changed

@@ -445,12 +445,15 @@ def test_a_run_of_another_code_or_of_other_images_is_not_done(left_alone, tmp_pa
     monkeypatch.chdir(tmp_path)
     out = shutil.copytree(left_alone[0], tmp_path / "runs")
     with monkeypatch.context() as changed:
-        changed.setattr(measure_py, "FILES", "a changed file")
+        changed.chdir(out)                          # as if the cache had not been there before
         changed.setattr(train_py.F, "silu", lambda x, inplace=False: train_py.F.gelu(x))
         assert state(out) == "another run: network, by the code of today"
     with monkeypatch.context() as changed:
         changed.setitem(train_py.WEIGHTINGS, "uniform", lambda process, t: 1 + t)
         assert "another run: loss or training step" in state(out)
+    with monkeypatch.context() as changed:          # of a run that has ended nothing more will come
+        changed.setattr(train_py, "evaluation_steps", lambda steps, *_: [*range(2, steps + 1, 2)])
+        assert state(out) == "done" and state(out, images=96) == "training, step 12 of 24"
     # the same name of a file, with other images
     data = tmp_path / "d.npz"
     options = ["--data", str(data), "--size", "8"]
