@@ -1551,7 +1551,8 @@ def main(argv=None):
     try:                                            # for options of your own
         check_record(json.loads(json.dumps(record)))
     except (TypeError, ValueError) as error:
-        raise InputError(f"args.json cannot hold these options: {error}") from None
+        raise InputError(f"args.json cannot hold these options: {error}; a number needs type=int "
+                         "or type=float in add_argument") from None
     old = read_run(out) if (out / "args.json").exists() else {"identity": ""}
     record["defaults"] |= old.get("defaults", {})   # identity goes by those of when it was made
     if "identity" in old:                           # older runs have none, nor checks in tables
