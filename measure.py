@@ -919,7 +919,9 @@ def measure_twin(args, record, device):
 
 # --- Caches: kept in data/cache under what they are made of ---------------------------------------
 
-FILES = "".join(Path(file).read_text() for file in (train.__file__, sample.__file__, __file__))
+# All code that can matter, files of your own beside this one included.
+FILES = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))
+                if path.name != "plot.py")
 say_once = functools.cache(functools.partial(print, flush=True))
 source_of = functools.cache(inspect.getsource)
 
@@ -1252,18 +1254,18 @@ def subset_today(data, n, size, offset):
     return train.hash_of(*train.load_data(data, n, size, offset)[:2])
 
 
-def network_today(options, image_shape, classes):
-    """train.network_values of the network that today's code builds."""
-    return train.network_values(train.build_net(options, image_shape, classes), image_shape,
-                                classes)
+def values_today(options, image_shape, classes):
+    """train.step_values and train.network_values as the code of today has them."""
+    net = train.build_net(options, image_shape, classes)
+    return {"step_values": train.step_values(options),
+            "network_values": train.network_values(net, image_shape, classes)}
 
 
 def record_today(record, options):
     """What the record of a run (args.json) would say today, if it were begun with these options."""
-    found = {"options": vars(options), "step_values": train.step_values(vars(options))}
+    found = {"options": vars(options)}
     if "network_values" in record:
-        found["network_values"] = cached(network_today, record["options"], record["image_shape"],
-                                         record["classes"])
+        found |= cached(values_today, record["options"], record["image_shape"], record["classes"])
     if Path(options.data).is_file():
         found["subset_sha256"] = subset_today(options.data, options.n, options.size, options.offset)
     return found

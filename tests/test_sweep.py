@@ -449,6 +449,7 @@ def test_a_run_of_another_code_or_of_other_images_is_not_done(left_alone, tmp_pa
         changed.setattr(train_py.F, "silu", lambda x, inplace=False: train_py.F.gelu(x))
         assert state(out) == "another run: network, by the code of today"
     with monkeypatch.context() as changed:
+        changed.chdir(out / ONE)
         changed.setitem(train_py.WEIGHTINGS, "uniform", lambda process, t: 1 + t)
         assert "another run: loss or training step" in state(out)
     with monkeypatch.context() as changed:          # of a run that has ended nothing more will come
