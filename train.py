@@ -522,11 +522,11 @@ def network_values(net, image_shape, classes):
     return y.flatten()[torch.linspace(0, y.numel() - 1, 16).long()].tolist()
 
 
-def alike(then, now):
+def alike(then, now, rounding=1e-3):
     """Whether step_values or network_values are those of a record, but for rounding. True where a
     run is older than they are."""
     return None in (then, now) or (np.shape(then) == np.shape(now) and
-                                   np.allclose(then, now, 1e-3, 1e-3, equal_nan=True))
+                                   np.allclose(then, now, rounding, rounding, equal_nan=True))
 
 
 def evaluation_steps(steps, per_doubling=2, first=64):
@@ -1071,9 +1071,10 @@ def differences(old, new):
         if old.get(key, new.get(key)) != new.get(key):
             names.add(name)
     if not names:                                   # else these are others because of that
-        names = {f"{name}, by the code of today" for key, name in (
-            ("step_values", "loss or training step"), ("network_values", "network"))
-                 if not alike(old.get(key), new.get(key))}
+        names = {f"{name}, by the code of today" for key, name, rounding in (
+            ("step_values", "loss, optimizer or training step", 2e-5),
+            ("network_values", "network", 1e-3))
+                 if not alike(old.get(key), new.get(key), rounding)}
     return sorted(names)
 
 

@@ -451,7 +451,7 @@ def test_a_run_of_another_code_or_of_other_images_is_not_done(left_alone, tmp_pa
     with monkeypatch.context() as changed:
         changed.chdir(out / ONE)
         changed.setitem(train_py.WEIGHTINGS, "uniform", lambda process, t: 1 + t)
-        assert "another run: loss or training step" in state(out)
+        assert "another run: loss, optimizer or training step" in state(out)
     with monkeypatch.context() as changed:          # of a run that has ended nothing more will come
         changed.setattr(train_py, "evaluation_steps", lambda steps, *_: [*range(2, steps + 1, 2)])
         assert state(out) == "done" and state(out, images=96) == "training, step 12 of 24"

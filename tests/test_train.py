@@ -488,11 +488,15 @@ def test_another_loss_or_optimizer_does_not_go_on_with_a_run(tmp_path, sampled_r
     for steps in ("16", "20"):
         argv = [*TINY, "--steps", steps, "--out", run]
         with monkeypatch.context() as changed:
-            changed.setitem(train.WEIGHTINGS, "uniform", lambda process, t: 1 + t)
-            refused(train.main, argv, run, "loss")
+            for weight in (lambda process, t: 1 + t, lambda process, t: 1 + 1e-3 * t):
+                changed.setitem(train.WEIGHTINGS, "uniform", weight)
+                refused(train.main, argv, run, "loss")
         with monkeypatch.context() as changed:
             changed.setattr(torch.optim, "Adam", lambda *a, **k: real(*a, betas=(0.9, 0.99), **k))
-            refused(train.main, argv, "last.pt", "betas")
+            refused(train.main, argv, run, "optimizer")
+        with monkeypatch.context() as changed:      # which three steps do not show
+            changed.setattr(torch.optim, "Adam", lambda *a, **k: real(*a, eps=1e-9, **k))
+            refused(train.main, argv, "last.pt", "eps")
     assert (run / "last.pt").read_bytes() == before
 
 
