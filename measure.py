@@ -606,9 +606,18 @@ def measure(args, record, device):
                    labels if record["classes"] else None, options["eval_images"])
     common |= {f"floor_level{k}": value for k, value in enumerate(floor)}
     measure_samples(args, options, drawn, subset, table, controls["training"], common)
-    if args.planted:
+    if args.planted or made_by_others(run / "planted.csv", planted_rows):
         write_csv(run / "planted.csv", planted_rows(subset))
         print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
+    for path in sorted(run.glob("twin_*.csv")):
+        if made_by_others(path, twin_row):
+            print(f"{path}: is of other code than today's; measure.py {run} --twin RUN2 makes it "
+                  "anew", file=sys.stderr, flush=True)
+
+
+def made_by_others(path, function):
+    """Whether a table that is there was made by other code than the function is today."""
+    return any(row.get("made_of") != code_of(function) for row in train.read_csv(path))
 
 
 def codes_today():
@@ -854,7 +863,8 @@ def planted_rows(subset):
     for name, pictures in planted.items():
         c = Context(pictures, subset)
         shares = {k: v for k, v in (copying(c) | similarity(c)).items() if "_ratio" in k}
-        rows.append({"planted": name, **shares, "not_authentic": 1 - authenticity(c)["auth_share"]})
+        rows.append({"planted": name, **shares, "not_authentic": 1 - authenticity(c)["auth_share"],
+                     "made_of": code_of(planted_rows)})
     return rows
 
 
@@ -905,8 +915,8 @@ def measure_twin(args, record, device):
                 or (samples.labels[:n] != twins.labels[:n]).any()):
             raise InputError(f"--twin {args.twin}: its samples of step {step} have other settings "
                              "or classes")
-        rows.append({"step": step, **twin_row(Context(samples.images[:n], subset),
-                                              Context(twins.images[:n], twin_subset), shift)})
+        contexts = Context(samples.images[:n], subset), Context(twins.images[:n], twin_subset)
+        rows.append({"step": step, **twin_row(*contexts, shift), "made_of": code_of(twin_row)})
     path = args.run / f"twin_{args.twin.name}.csv"
     write_csv(path, rows)
     print(f"{path}: {len(rows)} steps; at the last, agreement {rows[-1]['agreement']:.3f}, of "
@@ -1028,14 +1038,15 @@ def write_neighbours(path, c, digest="", step=-1, labels=()):
               "samples": c.images[:64], "nearest": c.subset.train[c.nearest[:64]]}
     arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
     write_atomic(path, lambda file: np.savez(file, labels=labels, samples_digest=digest, step=step,
-                                             **arrays))
+                                             threshold=THRESHOLDS[""], **arrays))
 
 
 def has_neighbours(path, digest, step):
     """Whether the file is whole, and made of these samples."""
     with contextlib.suppress(InputError), reading(path):
         arrays = train.read_npz(path)
-        return (str(arrays["samples_digest"]), int(arrays["step"])) == (digest, step)
+        return (str(arrays["samples_digest"]), int(arrays["step"]), float(arrays["threshold"])
+                ) == (digest, step, THRESHOLDS[""])
     return False
 
 

@@ -40,6 +40,7 @@ import sys
 import textwrap
 import zipfile
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import matplotlib as mpl
@@ -50,6 +51,8 @@ from PIL import Image
 STUDY = Path(__file__).parent / "assets/paper_curves.csv"   # digitised from the study's figures
 # Options that do not make another run; args.json says so itself since it has an entry "free".
 FREE = {"out", "steps", "images", "device", "compile", "save_minutes"}
+# A sample is a copy where d1/d2 is lower than the first; by the ends of columns, as in measure.py.
+THRESHOLDS = {"": "1/3", "_quarter": "1/4", "_half": "1/2"}
 
 Factor = collections.namedtuple("Factor", "label short formula normalised")
 # What is known of a factor: T = step * normalised(value, lowest value) is the study's normalised
@@ -1172,7 +1175,7 @@ REFERENCES = {"gaussian": "#E69F00", "local": "#AA4499", "population": GREEN, "m
 # Panels: title, scale of y, columns of log.csv and metrics.csv. A new metric is one line here.
 PANELS = {
     "loss": ("loss", "log", "train_loss heldout_loss"),
-    "copy": ("copy ratio (d1/d2 < 1/3)", "share", "copy_ratio null_copy_ratio"),
+    "copy": (f"copy ratio (d1/d2 < {THRESHOLDS['']})", "share", "copy_ratio null_copy_ratio"),
     "sw": ("sliced Wasserstein", "log", "sw_SPACE_train sw_SPACE_heldout"),
     "fid": ("FID", "log", "fid_SPACE_train fid_SPACE_heldout"),
     "kid": ("KID", "linear", "kid_SPACE_train kid_SPACE_heldout"),
@@ -1181,8 +1184,8 @@ PANELS = {
     "sw_replaced": ("sliced Wasserstein, replaced", "log", "sw_SPACE_heldout sw_SPACE_replaced"),
     "kid_replaced": ("KID, replaced", "linear", "kid_SPACE_heldout kid_SPACE_replaced"),
     "fid_replaced": ("FID, replaced", "log", "fid_SPACE_heldout fid_SPACE_replaced"),
-    "quarter": ("copies, d1/d2 < 1/4", "share", "copy_ratio_quarter null_copy_ratio_quarter"),
-    "half": ("copies, d1/d2 < 1/2", "share", "copy_ratio_half null_copy_ratio_half"),
+    **{f"copy{end}": (f"copies, d1/d2 < {below}", "share", f"copy_ratio{end} null_copy_ratio{end}")
+       for end, below in THRESHOLDS.items() if end},
     "sscd": ("copies, SSCD > .6", "share", "sscd_ratio null_sscd_ratio"),
     "auth": ("authentic share (AuthPct)", "share", "auth_share null_auth_share"),
     "nearest": ("rms to nearest training image", "linear", "nearest_rms"),
@@ -1407,9 +1410,9 @@ def plot_twins(run, path):
 def plot_planted(run, path):
     """What each measure of copying catches of planted copies, and of held-out images."""
     rows = run.tables["planted"]
-    names = {"copy_ratio_quarter": "d1/d2 < 1/4", "copy_ratio": "d1/d2 < 1/3",
-             "copy_ratio_half": "d1/d2 < 1/2", "not_authentic": "not authentic",
-             "sscd_ratio": "SSCD > .6"}
+    names = {f"copy_ratio{end}": f"d1/d2 < {below}" for end, below in sorted(
+        THRESHOLDS.items(), key=lambda item: Fraction(item[1]))}
+    names |= {"not_authentic": "not authentic", "sscd_ratio": "SSCD > .6"}
     names = {column: label for column, label in names.items() if column in rows[0]}
     cells = np.array([[number(row[column]) for column in names] for row in rows])
     figure, axis = plt.subplots(figsize=(1.5 * len(names) + 2, 0.4 * len(rows) + 1.2))
@@ -1487,6 +1490,16 @@ def read_neighbours(file, key):
         raise PlotError(f"{file}: damaged; delete it and run measure.py again") from None
 
 
+def copied(file):
+    """Which of a neighbours file's samples are copies. Raises PlotError where they were measured
+    with another threshold than the figures' titles say."""
+    threshold, below = float(read_neighbours(file, "threshold")), THRESHOLDS[""]
+    if threshold != float(Fraction(below)):
+        raise PlotError(f"{file}: was measured with a threshold of {threshold:.4g}, not {below}; "
+                        "change THRESHOLDS in plot.py as in measure.py")
+    return read_neighbours(file, "ratios") < threshold
+
+
 def snapshot_files(run):
     """The neighbours files of a run's snapshots, by step; [] where it has no folder."""
     return sorted((run.path / "neighbours" / run.set).glob("[0-9]*.npz")) if run.path else []
@@ -1496,7 +1509,7 @@ def pick(run, count):
     """At most `count` neighbours files, evenly in log step plus copy ratio: both phases show."""
     files = snapshot_files(run)
     steps = np.log([float(file.stem) for file in files])
-    copies = [np.mean(read_neighbours(file, "ratios") < 1 / 3) for file in files]
+    copies = [np.mean(copied(file)) for file in files]
     way = (steps - steps[0]) / max(np.ptp(steps), 1e-9) + np.maximum.accumulate(copies)
     places = np.linspace(way[0], way[-1], count)
     return [files[k] for k in sorted({int(np.abs(way - place).argmin()) for place in places})]
@@ -1517,9 +1530,10 @@ def plot_ratios(run, path):
             below = np.arange(len(ratios) + 1) / len(ratios)
             axis.step(np.maximum([0, *ratios, 1], 0.02), [*below, 1], where="post", label=label,
                       color=color, linestyle=line)
-    for value in (1 / 4, 1 / 3, 1 / 2):
+    for value in map(Fraction, THRESHOLDS.values()):
         axis.axvline(value, color="0.75", linewidth=0.8, zorder=0)
-    dress(axis, "", "share", "d1/d2 (lines: 1/4, 1/3, 1/2; values below .02 are drawn at .02)")
+    lines = ", ".join(sorted(THRESHOLDS.values(), key=Fraction))
+    dress(axis, "", "share", f"d1/d2 (lines: {lines}; values below .02 are drawn at .02)")
     axis.set(ylabel="share of images below", xlim=(0.0185, 1))
     save_figure(figure, path, words(run.name))
 
@@ -1529,12 +1543,12 @@ def strip(axis, file, top, label):
     samples, nearest, ratios = (read_neighbours(file, key)[:10]
                                 for key in ("samples", "nearest", "ratios"))
     axis.text(0, top - 0.12, f"{label}, d1/d2 (framed: a copy), nearest training images")
-    for k, ratio in enumerate(ratios):
+    for k, (ratio, copy) in enumerate(zip(ratios, copied(file), strict=False)):
         left = 1.1 * k
         for picture, y in ((samples[k], top), (nearest[k], top + 1.4)):
             axis.imshow(np.broadcast_to(picture, (*picture.shape[:2], 3)), interpolation="nearest",
                         extent=(left, left + 1, y + 1, y))
-        color, weight, width = (RED, "bold", 2.5) if ratio < 1 / 3 else ("0.3", None, 0)
+        color, weight, width = (RED, "bold", 2.5) if copy else ("0.3", None, 0)
         axis.text(left + 0.5, top + 1.05, f"{ratio:.2f}", ha="center", va="top",
                   fontsize="small", color=color, weight=weight)
         axis.add_patch(plt.Rectangle((left, top), 1, 1, fill=False, edgecolor=color,

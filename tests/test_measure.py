@@ -994,6 +994,14 @@ def test_sscd_and_planted_copies_on_a_run(run, tmp_path, stand_in, refused, monk
     assert float(planted["held-out images"]["copy_ratio"]) == 0
     assert float(planted["noise rms 0.20"]["copy_ratio"]) < 1
 
+    # Another threshold: what was asked for before is made anew, without asking again.
+    monkeypatch.setitem(measure.THRESHOLDS, "", 1e-9)
+    measure.main([str(run), "--sscd", str(stand_in), "--device", "cpu"])
+    planted = {r["planted"]: r for r in metrics(run, "planted.csv")}
+    assert float(planted["noise rms 0.05"]["copy_ratio"]) == 0
+    with np.load(run / f"neighbours/{SET}/0000016.npz") as found:
+        assert float(found["threshold"]) == 1e-9
+
 
 def test_twins_that_agree_and_twins_that_copy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1013,7 +1021,7 @@ def test_twins_that_agree_and_twins_that_copy(tmp_path, monkeypatch):
     assert mush["agreement"] == mush["null_agreement"] == 1
 
 
-def test_twin_command(run, tmp_path, refused):
+def test_twin_command(run, tmp_path, refused, monkeypatch, capsys):
     twin = tmp_path / "twin"
     train.main([*TINY, "--offset", "8", "--steps", "16", "--out", str(twin)])
     refused(measure.main, [run, "--twin", twin], "no step has samples")
@@ -1022,6 +1030,10 @@ def test_twin_command(run, tmp_path, refused):
     rows = metrics(run, "twin_twin.csv")
     assert [r["step"] for r in rows] == ["4", "6", "8", "11", "16"]
     assert all(0 <= float(r["agreement"]) <= 1 and float(r["twin_rms"]) >= 0 for r in rows)
+    for threshold, told in ((1 / 3, 0), (1 / 4, 1)):
+        monkeypatch.setitem(measure.THRESHOLDS, "", threshold)
+        measure.main([str(run), "--device", "cpu"])
+        assert capsys.readouterr().err.count("twin_twin.csv: is of other code") == told
     refused(measure.main, [run, "--twin", run], "share 8 images", "--offset 8")
     path = file_of(twin, 16)
     found = sample.read_samples(path)

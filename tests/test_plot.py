@@ -52,7 +52,7 @@ def made_up(root, n=16, seed=0, **options):
         images = generator.integers(0, 256, (12, 8, 8, 1), np.uint8)
         name = step if isinstance(step, str) else f"{step:07d}"
         np.savez(run / f"neighbours/{name}.npz", samples=images, nearest=images,
-                 ratios=np.where(np.arange(12) < 12 * share, 0.1, 0.9))
+                 ratios=np.where(np.arange(12) < 12 * share, 0.1, 0.9), threshold=1 / 3)
     return run
 
 
@@ -388,6 +388,12 @@ def test_names_are_drawn_as_they_are(tmp_path):
 def test_damaged_neighbours_are_named(run):
     (run.path / "neighbours/0000256.npz").write_bytes(b"PK")
     with pytest.raises(plot.PlotError, match=r"0000256.npz: damaged"):
+        plot.plot_samples(run, None)
+
+
+def test_a_threshold_changed_in_one_place_is_refused(run, monkeypatch):
+    monkeypatch.setitem(plot.THRESHOLDS, "", "1/4")
+    with pytest.raises(plot.PlotError, match="threshold of 0.3333, not 1/4"):
         plot.plot_samples(run, None)
 
 
