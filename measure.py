@@ -442,11 +442,18 @@ def replaced(c):
     return {key: value for key, value in row.items() if "error" not in key}
 
 
+def gradient_energy(images):
+    """The mean squared difference of horizontal neighbours plus that of vertical ones, of numbers
+    in [0, 1]; uint8 images (n, S, S, C)."""
+    x = (to_float(images) + 1) / 2
+    return float(sum(x.diff(dim=d).square().mean() for d in (2, 3)))
+
+
 def sharpness(c):
-    """Gradient energy, the mean squared difference of horizontal neighbours plus that of vertical
-    ones, and contrast, the mean standard deviation of a channel, of numbers in [0, 1]."""
+    """Gradient energy, and contrast: the mean standard deviation of a channel, of numbers in
+    [0, 1]."""
     x = (to_float(c.images) + 1) / 2
-    return {"sharpness": float(sum(x.diff(dim=d).square().mean() for d in (2, 3))),
+    return {"sharpness": gradient_energy(c.images),
             "contrast": float(x.flatten(2).std(2, unbiased=False).mean())}
 
 
@@ -477,6 +484,23 @@ def mixture(c, k=10):
     return {"mixture_residual": float(torch.cat(left).median())}
 
 
+def blurred(c):
+    """What blur alone makes of AuthPct, of the distance to the nearest training image and of the
+    mixture residual: theirs of as many held-out images under the Gaussian that leaves them as sharp
+    as the pictures; as they are, if the pictures are sharper."""
+    x, sharp = to_float(c.subset.heldout[:len(c.images)]), gradient_energy(c.images)
+    place = torch.arange(x.shape[2], device=x.device)
+    low, high = 0.05, x.shape[2] / 4                    # its standard deviation, in pixels
+    for _ in range(20):
+        sigma = (low + high) / 2
+        rows = (-(place[:, None] - place).square() / (2 * sigma**2)).softmax(1)
+        images = to_uint8(rows @ x @ rows.T)            # at the edges, of the pixels that there are
+        low, high = (sigma, high) if gradient_energy(images) > sharp else (low, sigma)
+    c = Context(images, c.subset)
+    return {f"blurred_{key}": value for key, value in
+            (authenticity(c) | nearest_rms(c) | mixture(c)).items()}
+
+
 def near_samples(c):
     """The share of pictures that are no copies, yet nearer to another picture than to any training
     image. More of them than among held-out images: spurious attractors (arXiv 2505.21777)."""
@@ -496,8 +520,8 @@ def similarity(c):
     return share_columns("sscd", highest > SSCD_THRESHOLD)
 
 
-METRICS = (copying, authenticity, fidelity, replaced, sharpness, nearest_rms, mixture, near_samples,
-           similarity)
+METRICS = (copying, authenticity, fidelity, replaced, sharpness, nearest_rms, mixture, blurred,
+           near_samples, similarity)
 NULLS = ("copy_ratio", "copy_low", "copy_high", "auth_share", "sscd")   # held-out images' beside
 
 

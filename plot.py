@@ -571,18 +571,29 @@ def onsets(run):
     return found
 
 
+def lowest_sw(run, after, until):
+    """(value, step) of the lowest sliced Wasserstein distance to held-out images at steps in
+    (after, until], nans where there is none. The value at `until` is interpolated in log step, so
+    that a curve which still falls there does not depend on where its evaluations lie.
+    """
+    steps, distance = run.column("sw_SPACE_heldout")
+    if len(steps) and steps[0] < until < steps[-1]:
+        at, value = np.searchsorted(steps, until), np.interp(np.log(until), np.log(steps), distance)
+        steps, distance = np.insert(steps, at, until), np.insert(distance, at, value)
+    inside = (steps > after) & ~(steps > until)     # to the end where copies were not measured
+    return min(zip(distance[inside].tolist(), steps[inside].tolist(), strict=True),
+               default=(math.nan, math.nan))
+
+
 def best_fidelity(run):
-    """The lowest sliced Wasserstein distance to held-out images before copy ratio .01.
+    """The lowest sliced Wasserstein distance to held-out images up to copy ratio .01.
 
     (value, step, improving), nan where no distance was measured. improving: a better one may have
     gone unseen, since this is the run's last evaluation or the only one before its copies.
     """
-    steps, distance = run.column("sw_SPACE_heldout")
-    before = ~(steps > onsets(run)["copy_01"])   # all of them where copies were not measured
-    if not before.any():
-        return math.nan, math.nan, False
-    k = int(np.argmin(distance[before]))
-    return float(distance[k]), float(steps[k]), bool(k == len(steps) - 1 or before.sum() == 1)
+    steps, until = run.column("sw_SPACE_heldout")[0], onsets(run)["copy_01"]
+    value, step = lowest_sw(run, 0, until)
+    return value, step, bool(step == max(steps, default=0) or (~(steps > until)).sum() == 1)
 
 
 def second_peak(values, before):
@@ -699,13 +710,19 @@ def onset(name):
     return point
 
 
+def sw_error(run, step):
+    """The relative standard error of SW to held-out images, at the evaluation nearest to a step."""
+    errors, values = map(run.by_step, ("sw_error_SPACE_heldout", "sw_SPACE_heldout"))
+    near = min(errors, key=lambda other: abs(math.log(other / step)), default=None)
+    return errors[near] / values[near] if near else 0.0
+
+
 def best(run):
     """The statistic log(best fidelity); an upper bound where a better one may be unseen."""
     value, step, improving = best_fidelity(run)
     if not value > 0:
         return None
-    error = run.by_step("sw_error_SPACE_heldout").get(step, 0)
-    return Point(math.log(value), (error / value)**2, -1 if improving else 0)
+    return Point(math.log(value), sw_error(run, step)**2, -1 if improving else 0)
 
 
 def rate(high):
@@ -859,12 +876,13 @@ def equal_distances(kind, runs):
 
     Only where both splits are as many images: the training images as many as the samples, or more.
     """
-    changes = []
-    for run, _, (train, heldout), before, after in through_onset(
-            runs, f"{kind}_SPACE_train", f"{kind}_SPACE_heldout"):
+    changes, memorizers, columns = [], [], (f"{kind}_SPACE_train", f"{kind}_SPACE_heldout")
+    for run, _, (train, heldout), before, after in through_onset(runs, *columns):
         if after.any() and run.options.get("n", math.inf) >= sample_count(run):
             ratio = np.log(train / heldout)
             changes.append(ratio[after][-1] - np.median(ratio[before]))
+            all_copies = np.divide(*(control(run, "training", column) for column in columns))
+            memorizers.append(all_copies / math.exp(np.median(ratio[before])))
     if len(changes) < 3:
         return Result("fewer than three runs that reach copy ratio .1 and have as many training "
                       "images as samples")
@@ -872,7 +890,9 @@ def equal_distances(kind, runs):
     half = t95(len(changes) - 1) * error
     least, most, *interval = (math.exp(change) for change in (
         min(changes), max(changes), mean, mean - half, mean + half))
-    return Result(f"{len(changes)} runs, {least:.2f} to {most:.2f}", *interval)
+    known = [change for change in memorizers if change > 0]
+    text = f"; a perfect memorizer {min(known):.2f} to {max(known):.2f}" if known else ""
+    return Result(f"{len(changes)} runs, {least:.2f} to {most:.2f}{text}", *interval)
 
 
 def share_of_runs(hits, text):
@@ -908,13 +928,12 @@ def gains_before(runs):
     Only where the two differ by more than two of their errors.
     """
     ratios, hits = [], []
-    for run, steps, (distance,), before, after in through_onset(runs, "sw_SPACE_heldout"):
+    for run, *_, after in through_onset(runs, "sw_SPACE_heldout"):
         if after.any():
-            errors = run.by_step("sw_error_SPACE_heldout")
-            first, then = (min(zip(distance[part], steps[part], strict=True))
-                           for part in (before, after))
-            error = math.hypot(*(errors.get(step, 0) / value for value, step in (first, then)))
-            ratios.append(then[0] / first[0])
+            start, end = (onsets(run)[name] for name in ("copy_01", "copy_50"))
+            (first, step), (then, later) = lowest_sw(run, 0, start), lowest_sw(run, start, end)
+            ratios.append(then / first)
+            error = math.hypot(sw_error(run, step), sw_error(run, later))
             if abs(math.log(ratios[-1])) > 2 * error:
                 hits.append(ratios[-1] > 1)
     span = f", {min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
@@ -1017,7 +1036,8 @@ def summarize(run):
                   for column in ("copy_ratio", "null_copy_ratio"))
     return row | {"rate_to_copy_10": number_text(math.exp(speed.value)) if speed else "",
                   "best_sw_heldout": "<" * improving + number_text(value),
-                  "best_sw_step": number_text(step, 12), "hump_step": number_text(hump(run), 12),
+                  "best_sw_step": number_text(round(step, 0), 12),
+                  "hump_step": number_text(hump(run), 12),
                   "keep_step": number_text(kept[0], 12), "keep_sw_heldout": number_text(kept[1]),
                   "keep_copy_ratio": number_text(kept[2]), "space": run.space or "",
                   "last_copy_ratio": last, "null_copy_ratio": null}
@@ -1173,36 +1193,39 @@ mpl.rcParams.update({"font.size": 10, "axes.titlesize": 10, "lines.linewidth": 1
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
 REFERENCES = {"gaussian": "#E69F00", "local": "#AA4499", "population": GREEN, "memorizer": RED}
 # Panels: title, scale of y, columns of log.csv and metrics.csv. A new metric is one line here.
+# Scales: log, linear, share (0 to 1), cut (linear from 0, less the first values, of no skill yet).
 PANELS = {
     "loss": ("loss", "log", "train_loss heldout_loss"),
     "copy": (f"copy ratio (d1/d2 < {THRESHOLDS['']})", "share", "copy_ratio null_copy_ratio"),
     "sw": ("sliced Wasserstein", "log", "sw_SPACE_train sw_SPACE_heldout"),
     "fid": ("FID", "log", "fid_SPACE_train fid_SPACE_heldout"),
-    "kid": ("KID", "linear", "kid_SPACE_train kid_SPACE_heldout"),
+    "kid": ("KID", "cut", "kid_SPACE_train kid_SPACE_heldout"),
     "precision": ("precision", "share", "precision_SPACE_train precision_SPACE_heldout"),
     "recall": ("recall", "share", "recall_SPACE_train recall_SPACE_heldout"),
     "sw_replaced": ("sliced Wasserstein, replaced", "log", "sw_SPACE_heldout sw_SPACE_replaced"),
-    "kid_replaced": ("KID, replaced", "linear", "kid_SPACE_heldout kid_SPACE_replaced"),
+    "kid_replaced": ("KID, replaced", "cut", "kid_SPACE_heldout kid_SPACE_replaced"),
     "fid_replaced": ("FID, replaced", "log", "fid_SPACE_heldout fid_SPACE_replaced"),
     **{f"copy{end}": (f"copies, d1/d2 < {below}", "share", f"copy_ratio{end} null_copy_ratio{end}")
        for end, below in THRESHOLDS.items() if end},
     "sscd": ("copies, SSCD > .6", "share", "sscd_ratio null_sscd_ratio"),
-    "auth": ("authentic share (AuthPct)", "share", "auth_share null_auth_share"),
-    "nearest": ("rms to nearest training image", "linear", "nearest_rms"),
-    "mixture": ("residual as a mixture of ten", "linear", "mixture_residual"),
+    "auth": ("authentic share (AuthPct)", "share", "auth_share null_auth_share blurred_auth_share"),
+    "nearest": ("rms to nearest training image", "linear", "nearest_rms blurred_nearest_rms"),
+    "mixture": ("residual as a mixture of ten", "linear",
+                "mixture_residual blurred_mixture_residual"),
     "near": ("near another sample alone", "linear", "near_samples"),
     "sharpness": ("sharpness (gradient energy)", "linear", "sharpness"),
     "contrast": ("contrast", "linear", "contrast"),
     "range": ("values out of range", "linear", "out_of_range"),
     "agreement": ("agreement of twins", "share", "agreement null_agreement"),
     "twins": ("distance, median rms", "log", "twin_rms nearest_train_rms twin_nearest_train_rms")}
-LEVEL_PANELS = {f"level{k}": (f"t = {k / 10:.1f} to {k / 10 + 0.1:.1f}", "linear",
+LEVEL_PANELS = {f"level{k}": (f"t = {k / 10:.1f} to {k / 10 + 0.1:.1f}", "cut",
                               f"train_loss_level{k} heldout_loss_level{k} floor_level{k}")
                 for k in range(10)}
 PANELS |= LEVEL_PANELS
 FOUR = ["loss", "copy", "sw", "fid"]            # the study's own; of sweeps, and of run_RUN.png
 # How a column is drawn, by a word in its name: line, colour (None: the run's), label.
 STYLES = {"null": (":", GREY, "null"), "floor": ("-", RED, "perfect memorizer"),
+          "blurred": ("-.", GREEN, "held-out images, blurred until as sharp"),
           "replaced": ("-.", None, "samples replaced by nearest training images"),
           "twin_nearest": ("--", RED, "twin to its nearest training image"),
           "nearest_train": ("-", RED, "sample to its nearest training image"),
@@ -1309,6 +1332,10 @@ def panels(run, rows, size):
                 axis.axvline(onsets(run)[mark], color="0.25", linestyle=line, linewidth=1,
                              label=TAUS[mark])
         dress(axis, title, scale)
+        curves = [values for _, values in map(run.column, columns.split()) if len(values)]
+        if scale == "cut" and curves:
+            top = 1.1 * max(max(3 * np.median(values), values[-1]) for values in curves)
+            axis.set_ylim(-0.06 * top, min(axis.get_ylim()[1], top))
     return figure, axes
 
 
@@ -1344,7 +1371,8 @@ def save_figure(figure, path, title, loc="upper center"):
 def plot_run(run, path, rows=(FOUR,)):
     """Panels of one run, the study's four: train solid, held-out dashed, controls, onsets."""
     figure, _ = panels(run, list(rows), (2.75 * len(rows[0]) + 2, 2.6 * len(rows) + 1.4))
-    save_figure(figure, path, words(run.name) + (f"; features: {run.space}" if run.space else ""))
+    save_figure(figure, path, "\n".join(map(words, run.name.split("\n")))
+                + (f"; features: {run.space}" if run.space else ""))
 
 
 def plot_metrics(run, path):
@@ -1365,9 +1393,6 @@ def plot_levels(run, path):
         turn = onsets(run)[name]
         if math.isfinite(turn):
             axis.plot(turn, loss.min(), "v", color="0.25", label="held-out loss turns")
-        if len(loss):                           # the first values, of no skill yet, may lie above
-            top = min(axis.get_ylim()[1], 1.1 * max(3 * np.median(loss), loss[-1]))
-            axis.set_ylim(-0.06 * top, top)
     save_figure(figure, path,
                 f"{words(run.name)}: loss by noise level t (0: no noise, 1: noise alone)")
 
@@ -1381,7 +1406,8 @@ def plot_hump(run, path):
     powers = {row.get("name") or number(row["step"]):
               np.array([number(v) for k, v in row.items() if k.startswith("power_")])
               for row in run.tables["spectrum"]}
-    best_step, sharp = best_fidelity(run)[1], run.by_step("sharpness")
+    until, sharp = best_fidelity(run)[1], run.by_step("sharpness")
+    best_step = max((step for step in sharp if step <= until), default=math.nan)
     blurred = min((step for step in sharp if step >= best_step), key=sharp.get, default=math.nan)
     places = {blurred: "least sharp", run.column("sw_SPACE_heldout")[0][-1]: "end",
               hump(run): "hump", best_step: "best"}
@@ -1402,9 +1428,10 @@ def plot_hump(run, path):
 def plot_twins(run, path):
     """Agreement of two models trained on other images, its null, copies and distances."""
     for name in [name for name in run.tables if name.startswith("twin_")]:
-        twins = Run(f"{run.name} and {name[5:]}", {}, {}, columns_of(run.tables[name], name))
+        twins = Run(f"{run.name}\nand {name[5:]}", {}, run.log,
+                    columns_of(run.tables[name], name))
         plot_run(twins, path.with_name(f"{path.stem}_{name[5:]}.png"),
-                 [["agreement", "copy", "twins"]])
+                 [["loss", "agreement", "copy", "twins"]])
 
 
 def plot_planted(run, path):
@@ -1425,25 +1452,32 @@ def plot_planted(run, path):
 
 def plot_copier(run, path):
     """Which metric tells a copier: each through training, between its two controls as 0 and 1."""
-    rows, steps = {}, run.measured()
+    rows, close, neither, steps = {}, [], [], run.measured()
     for title, _, columns in PANELS.values():
         for column in [] if "replaced" in title else columns.split():   # those have panels already
             zero, one = (control(run, key, column) for key in CONTROLS)
             found, (_, _, label) = run.by_step(column), style_of(column)
             if found and abs(one - zero) > 0 and label in (None, "train", "held-out"):
-                told = abs(one - zero) > 0.1 * max(abs(zero), abs(one))
-                values = np.array([found.get(step, math.nan) for step in steps])
-                name = (f"{title} to {label}" if label else title) + " (*)" * (not told)
-                rows[name] = (values - zero) / (one - zero if told else math.nan)
+                name, values = f"{title} to {label}" if label else title, np.array(
+                    [(found.get(step, math.nan) - zero) / (one - zero) for step in steps])
+                if abs(one - zero) <= 0.1 * max(abs(zero), abs(one)):
+                    close.append(name)          # controls too close to tell
+                elif (np.abs(values - 0.5) <= 0.8).any():
+                    rows[name] = values
+                else:
+                    neither.append(name)
 
     def order(name):                            # by the step from which on it sees copies
         seen = np.where(np.abs(rows[name] - 0.5) <= 0.8, rows[name], -9)
         return max(np.flatnonzero(seen < 0.5), default=-1), -seen[-1]
     names = sorted(rows, key=order)
-    figure, axis = plt.subplots(figsize=(9.5, 0.33 * len(rows) + 2))
+    note = [textwrap.fill(f"{what}: {', '.join(found)}", 100) for what, found in (
+        ("Like neither throughout", neither), ("The two controls are too close to tell", close))
+            if found]
+    figure, axis = plt.subplots(figsize=(9.5, 0.33 * len(rows) + 2 + 0.3 * len(note)))
     image = heat(axis, np.ma.masked_outside([rows[name] for name in names], -0.3, 1.3),
                  [f"{step:,.0f}" for step in steps], names, [GREEN, "#f4f4f4", RED], vmin=0, vmax=1)
-    axis.set(xlabel="training step; grey: like neither; *: the two controls are too close to tell")
+    axis.set(xlabel="\n".join(["training step; grey: like neither", *note]))
     figure.colorbar(image, aspect=30, ticks=[0, 0.5, 1]).set_ticklabels(
         ["as held-out\nimages", "halfway", "as training\nimages"])
     save_figure(figure, path, f"{words(run.name)}; features: {run.space}")
@@ -1628,6 +1662,11 @@ def plot_sweep(factor, groups, path, study=None):
                 curve(axis, runs, column, color, scale(value),
                       words(label_of(factor, value)) if line == "-" else "")
             axis.plot([], [], color="0.25", linestyle=line, label=text)
+        floors = [control(run, "heldout", columns.split()[-1]) for runs in groups.values()
+                  for run in runs if "SPACE_heldout" in columns]
+        if np.isfinite(floors).any():
+            axis.axhline(np.nanmedian(floors), color="0.25", linestyle=(0, (8, 2, 1, 2)),
+                         linewidth=0.9, label="held-out images to other held-out images")
         if study:
             behind = axis.twinx()
             for column, (value, runs) in itertools.product(columns.split(), study.items()):
@@ -1653,7 +1692,7 @@ def plot_onset(factor, groups, path, runs):
     for k, (name, color) in enumerate(zip(names, palette(len(names)), strict=True)):
         style = {"color": color, "marker": "osDPX*"[k % 6], "linestyle": ""}
         for at, (value, group) in enumerate(groups.items()):
-            x = value * 1.02**k if numeric else at + 0.04 * k       # side by side
+            x = value * 1.035**k if numeric else at + 0.04 * k       # side by side
             for point in filter(None, map(onset(name), group)):
                 step, spread = math.exp(point.value), math.exp(1.96 * math.sqrt(point.variance))
                 error = 0.2 * step if point.bound else [[step - step / spread],
@@ -1665,7 +1704,7 @@ def plot_onset(factor, groups, path, runs):
         if math.isfinite(slope.value):
             text, style["linestyle"] = f"{text}\nslope {interval_text(slope)}", "-"
             ends = np.array([min(groups), max(groups)])
-            axis.plot(ends * 1.02**k, math.exp(slope.intercept) * ends**slope.value, color=color,
+            axis.plot(ends * 1.035**k, math.exp(slope.intercept) * ends**slope.value, color=color,
                       linewidth=1)
         axis.plot([], [], label=text, linewidth=1, **style)
     label = factor_of(factor).label
@@ -1692,17 +1731,22 @@ def plot_switch(runs, path):
                 pairs.setdefault((first, second), {})[t] = run
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.9))
     for axis, name in zip(axes, ("sw", "kid", "sharpness", "copy"), strict=True):
-        title, _, columns = PANELS[name]
+        title, kind, columns = PANELS[name]
         column = columns.split()[0 if name == "copy" else -1]
         for (pair, by_time), color in zip(pairs.items(), palette(len(pairs)), strict=True):
-            points = {t: run.by_step(column).get(pair[0]) for t, run in by_time.items()}
-            for run in alone:
-                points |= {t: run.by_step(column).get(step) for t, step in enumerate(pair)}
+            drawn = {t: (run, pair[0]) for t, run in by_time.items()}
+            drawn |= {t: (run, step) for run in alone for t, step in enumerate(pair)}
+            error = column.replace("_", "_error_", 1) if "SPACE" in column else ""
+            points, errors = ({t: run.by_step(name).get(step) for t, (run, step) in drawn.items()}
+                              for name in (column, error))
             times = sorted(t for t, value in points.items() if value is not None)
-            axis.plot(times, [points[t] for t in times], "o-", color=color,
-                      label="first step {:,.0f}, then step {:,.0f}".format(*pair))
+            axis.errorbar(times, [points[t] for t in times], [2 * (errors[t] or 0) for t in times],
+                          fmt="o-", color=color, capsize=3,
+                          label="first step {:,.0f}, then step {:,.0f}".format(*pair))
         axis.set(title=title + " to held-out" * (name in ("sw", "kid")),
                  xlabel="t where the second takes over")
+        if kind == "share":
+            axis.set_ylim(-0.04, 1.04)
     save_figure(figure, path, f"{words((alone or runs)[0].name)}: two snapshots in turn")
 
 

@@ -924,6 +924,21 @@ def test_mixtures_are_found(subset):
     assert measure.mixture(c, k=16)["mixture_residual"] < 0.01
 
 
+def test_blur_alone_is_told_from_mixing(subset):
+    from torchvision.transforms.functional import gaussian_blur
+    pictures = measure.to_float(subset.heldout[:256])
+    for sigma in (0.6, 1.2):
+        c = measure.Context(measure.to_uint8(gaussian_blur(pictures, 9, sigma)), subset)
+        row = measure.authenticity(c) | measure.nearest_rms(c) | measure.mixture(c)
+        for column, value in measure.blurred(c).items():
+            assert value == pytest.approx(row[column.removeprefix("blurred_")], rel=0.02)
+    unblurred = measure.Context(subset.heldout[:256], subset)
+    noise = torch.randint(0, 256, unblurred.images.shape, generator=G, dtype=torch.uint8)
+    assert measure.blurred(measure.Context(noise, subset)) == measure.blurred(unblurred)
+    assert measure.blurred(unblurred)["blurred_nearest_rms"] == pytest.approx(
+        measure.nearest_rms(unblurred)["nearest_rms"], rel=1e-3)
+
+
 def test_nearest_distance_in_rms(subset):
     shifted = (subset.train[:9].int() + 10).clamp(0, 255).to(torch.uint8)
     row = measure.nearest_rms(measure.Context(shifted, subset))

@@ -192,6 +192,29 @@ def test_onsets_best_fidelity_and_rate_of_a_known_run():
     assert speed == pytest.approx(0.48 / (3.89 / 2 / math.log(2)), rel=0.02)
 
 
+def test_best_fidelity_of_a_falling_curve_is_that_at_the_first_copies():
+    steps = np.array([100.0, 200.0, 400.0, 800.0, 1600.0])
+    copies = np.array([0.0, 0.0, 0.0, 0.02, 0.3])               # .01 at step 566, halfway in log
+    run = plot.Run("run", dict(DEFAULT), {}, {
+        "step": steps, "copy_ratio": copies, "null_copy_ratio": 0 * steps,
+        "sw_pixels_heldout": np.array([5.0, 4, 3, 2, 1]), "sw_error_pixels_heldout": steps / 1e4})
+    run.space = "pixels"
+    value, step, improving = plot.best_fidelity(run)
+    assert (value, round(step)) == (pytest.approx(2.5), 566) and not improving
+    assert plot.best(run).variance == pytest.approx((0.04 / 3) ** 2)    # of the nearest, at 400
+    assert plot.lowest_sw(run, step, math.inf) == (1, 1600)
+    assert plot.lowest_sw(run, 0, 50) == (pytest.approx(math.nan, nan_ok=True),) * 2
+
+
+def test_what_a_perfect_memorizer_would_show_stands_beside_claim_1():
+    runs = [run_of(change=0.9) for _ in range(3)]
+    for run in runs:
+        run.controls["training"] = {"sw_pixels_train": 0.4, "sw_pixels_heldout": 1.0}
+    result = plot.equal_distances("sw", runs)
+    assert result.value == pytest.approx(0.9)
+    assert "; a perfect memorizer 0.40 to 0.40" in result.text
+
+
 def test_crossing_interpolates_in_log_step():
     steps, values = np.array([100.0, 400.0, 1600.0]), np.array([0.0, 0.2, 0.1])
     assert plot.crossing(steps, values, 0.1) == pytest.approx(200)
