@@ -1200,6 +1200,11 @@ def load_spaces(args, device):
 # --- The state of a sweep's runs ------------------------------------------------------------------
 
 
+# Options of train.py that sweep.sh sets, and the variable to give it instead.
+SWEEPS_OWN = {"n": "N", "width": "WIDTH", "batch": "BATCH", "lr": "LR", "seed": "SEEDS",
+              "images": "IMAGES", "steps": "IMAGES", "data": "DATA", "out": "OUT", "device": "GPUS"}
+
+
 def sweep_words(flag, values):
     """For each value of an option of train.py, its words on the command line: a switch takes on and
     off; commas separate the values of an option with several."""
@@ -1220,12 +1225,20 @@ def sweep_words(flag, values):
 
 def sweep_options(lists):
     """The options of sample.py and measure.py that SAMPLE and MEASURE name, for all runs. Raises
-    InputError on those that no run could ever be done with."""
-    for name, flags in (("SAMPLE", "exact steps-only switch"),
-                        ("MEASURE", "denoisers planted twin")):
-        if found := {f"--{flag}" for flag in flags.split()} & {*lists[name]}:
-            raise InputError(f"{name}: {min(found)} is for one run, by hand, after the sweep")
+    InputError on those that no run could ever be done with, and on those of TRAIN that the sweep
+    itself sets."""
+    nothing = argparse.Namespace(**dict.fromkeys(vars(train.make_parser().parse_args([]))))
+    asked = train.make_parser().parse_args(lists["TRAIN"][2:], nothing)     # after --data DATA
+    for option, variable in SWEEPS_OWN.items():
+        if getattr(asked, option) is not None:
+            raise InputError(f"TRAIN: --{option} is set by the sweep; give {variable}= instead")
     drawing, args = sample.parse(["", *lists["SAMPLE"]]), parse(["", *lists["MEASURE"]])
+    for name, options, flags in (("SAMPLE", drawing, "exact steps_only switch"),
+                                 ("MEASURE", args, "denoisers planted twin")):
+        for flag in flags.split():
+            if getattr(options, flag):
+                raise InputError(f"{name}: --{flag.replace('_', '-')} is for one run, by hand, "
+                                 "after the sweep")
     for flag in ("features", "weights", "sscd"):
         path = getattr(args, flag)
         if path not in (None, "inception", "pixels") and not Path(path).is_file():

@@ -368,7 +368,8 @@ def test_a_switch_that_is_on_by_default_can_vary(monkeypatch):
     ({"VARY": "flips off on"}, "--flips: unknown"), ({"VARY": "flip yes"}, "--flip yes"),
     ({"VARY": "n 4 8"}, "--n: has two lists"), ({"VARY": "ema"}, "--ema: has no values"),
     ({"VARY": "device cpu cuda"}, "two values"), ({"SAMPLE": "--num x[$(touch y)0]"}, "--num"),
-    ({"SAMPLE": "--exact"}, "SAMPLE: --exact"),
+    ({"SAMPLE": "--exact"}, "SAMPLE: --exact"), ({"SAMPLE": "--switch=4@.5"}, "SAMPLE: --switch"),
+    ({"MEASURE": "--plant"}, "MEASURE: --planted"), ({"TRAIN": "--wid 64"}, "--width is set by"),
     ({"MEASURE": "--denoisers"}, "MEASURE: --denoisers"),
     ({"MEASURE": "--features none.pt2"}, "MEASURE: --features none.pt2: no such file")])
 def test_bad_lists_are_refused_by_name(rows, capsys, change, word):
