@@ -16,7 +16,7 @@ Sources: "Heusel" is arXiv 1706.08500 (FID), "Binkowski" 1801.01401 (KID), "Kynk
 """
 
 import argparse
-import collections
+import ast
 import contextlib
 import functools
 import hashlib
@@ -27,6 +27,7 @@ import math
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -985,27 +986,22 @@ def is_own(module):
 
 def code_of(function):
     """8 hex digits of the source of a metric and of all that it uses, in this file and in files of
-    your own beside it."""
-    things, sources, seen = [function, Context, Subset], [], set()
+    your own beside it: whatever a name in the source stands for, and so on."""
+    things, sources = [function, Context, Subset], []
     for thing in things:                        # which grows
         sources.append(source_of(thing))
-        parts = vars(thing).values() if inspect.isclass(thing) else [inspect.unwrap(thing)]
-        parts = [part for part in parts if inspect.isfunction(part)]
-        sources += [digest_of(*(part.__defaults__ or ())) for part in parts]
-        codes = [(part.__code__, part.__globals__) for part in parts]
-        for code, place in codes:               # and so does this: functions within functions
-            codes += [(inner, place) for inner in code.co_consts if inspect.iscode(inner)]
-            modules = [place[name] for name in code.co_names if is_own(place.get(name))]
-            known = collections.ChainMap(place, *map(vars, modules))
-            for name, value in [(name, known.get(name)) for name in sorted({*code.co_names})]:
-                if (name, id(value)) in seen:
-                    continue
-                seen.add((name, id(value)))
-                if inspect.isroutine(value) or inspect.isclass(value):
-                    own = value.__module__ == __name__ or is_own(sys.modules.get(value.__module__))
-                    things += [value] * (own and value not in [*things, cached, digest_of])
-                elif isinstance(value, (int, float, str, tuple, dict)):
-                    sources.append(f"{name} = {getattr(value, 'key', value)!r}")
+        known = vars(sys.modules[thing.__module__])
+        names = {node.id for node in ast.walk(ast.parse(textwrap.dedent(sources[-1])))
+                 if isinstance(node, ast.Name)}
+        for name in sorted(names & known.keys()):
+            value = known[name]
+            if inspect.isroutine(value) or inspect.isclass(value):
+                own = value.__module__ == __name__ or is_own(sys.modules.get(value.__module__))
+                things += [value] * (own and value not in [*things, cached, digest_of])
+            elif is_own(value):
+                sources.append(source_of(value))
+            elif isinstance(value, (int, float, str, tuple, dict)):
+                sources.append(f"{name} = {getattr(value, 'key', value)!r}")
     return digest_of(*sources)[:8]
 
 
