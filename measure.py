@@ -68,7 +68,8 @@ def squared_distances(queries, references):
     """Squared distances of vectors (Q, D), (N, D), a block of queries at a time: float64 (rows, N).
 
     By a matrix product, after the mean of the references is taken from all: the rounding is 1e-13
-    of the largest squared norm. Memory: 128 MB per block, and 4,096 references in float64.
+    of the largest squared norm. Memory: 128 MB per block, of which up to three are alive, and 4,096
+    references in float64.
     """
     center = references[:4096].double().mean(0)
     for q in queries.split(max(1, 2**24 // len(references))):
@@ -676,50 +677,61 @@ def still_true(row, digest, code, spaces):
     return row
 
 
+def plan(drawn, table, columns, spaces, digests, paths):
+    """Of each snapshot, {(set, step): ...}, the row of metrics.csv as far as it still holds, {} if
+    not at all; and of those that lack something the metrics to be measured.
+
+    As measure_samples has it; digests: of the samples; paths: of their files of neighbours.
+    """
+    code, todo = codes_today(), {}
+    kept = {key: still_true(table.get(key, {}), digests[key], code, spaces) for key in drawn}
+    for key, row in kept.items():
+        lacking = [metric for metric, names in columns.items()
+                   if metric.__name__ not in codes_of(row) or not all(row.get(k) for k in names)]
+        if lacking or not has_neighbours(paths[key], digests[key], key[1]):
+            todo[key] = lacking
+    return kept, todo
+
+
 def measure_samples(args, options, drawn, subset, table, columns, common):
     """metrics.csv and neighbours/[SET/]STEP.npz of the samples that lack any of the columns.
 
     drawn: {(set, step): Samples}; table: {(set, step): row of metrics.csv}; columns: {metric: its
     columns}; common: columns that are the same in all rows.
     """
-    run, spaces, todo = args.run, [s for s in (subset.space, subset.sscd) if s], []
-    code, texts, process = codes_today(), {}, train.PROCESSES[options["process"]]
+    run, process = args.run, train.PROCESSES[options["process"]]
+    spaces = [space for space in (subset.space, subset.sscd) if space]
     # What samples of before an option existed were drawn with.
     defaults = {f"setting_{k}": value for k, value in sample.default_settings(process).items()}
-    for (name, step), samples in drawn.items():
-        digest = hashlib.sha256(samples.images.tobytes()).hexdigest()[:8]
-        if row := still_true(table.pop((name, step), {}), digest, code, spaces):
-            table[name, step] = row | defaults | row | common       # in the order of before
-        # What a metric that is gone was measured by stays, in case that it comes again, changed.
-        texts[name, step] = " ".join(f"{k}:{v}" for k, v in (codes_of(row) | code).items())
-        lacking = [m for m, names in columns.items() if m.__name__ not in codes_of(row)
-                   or not all(row.get(k) for k in names)]
-        path = run / "neighbours" / name / f"{step:07d}.npz"
-        if lacking or not has_neighbours(path, digest, step):
-            todo.append((name, step, digest, lacking, path))
+    digests = {key: hashlib.sha256(samples.images.tobytes()).hexdigest()[:8]
+               for key, samples in drawn.items()}
+    paths = {(name, step): run / "neighbours" / name / f"{step:07d}.npz" for name, step in drawn}
+    kept, todo = plan(drawn, table, columns, spaces, digests, paths)
+    for key, row in kept.items():               # columns stay in their order; new ones follow
+        table[key] = row and row | {k: v for k, v in defaults.items() if k not in row} | common
     print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
           f"{', '.join(s.name for s in spaces)}, on {subset.train.device}", flush=True)
 
     def write():
-        write_csv(run / "metrics.csv", [table[key] for key in sorted(table)])
-    for name, step, digest, lacking, path in todo:
-        samples = drawn[name, step]
+        write_csv(run / "metrics.csv", [table[key] for key in sorted(table) if table[key]])
+    for (name, step), lacking in todo.items():
+        key, samples = (name, step), drawn[name, step]
         c = Context(samples.images, subset)
         row = {"set": name, "step": step, "images": step * options["batch"],
-               "samples": len(c.images), "samples_digest": digest}
+               "samples": len(c.images), "samples_digest": digests[key]}
         row |= defaults | {f"setting_{k}": value for k, value in samples.settings.items()}
-        row |= {"out_of_range": samples.out_of_range} | table.get((name, step), {})
+        row |= {"out_of_range": samples.out_of_range} | table[key]
         for metric in lacking:
             row |= columns_of(metric, c)
-        write_neighbours(path, c, digest, step, samples.labels)
-        table[name, step] = row | common | {"code": texts[name, step]} | {
-            f"weights_{s.name}": s.key[:8] for s in spaces}
+        write_neighbours(paths[key], c, digests[key], step, samples.labels)
+        # What a metric that is gone was measured by stays, in case that it comes again, changed.
+        by = " ".join(f"{k}:{v}" for k, v in (codes_of(kept[key]) | codes_today()).items())
+        weights = {f"weights_{space.name}": space.key[:8] for space in spaces}
+        table[key] = row | common | {"code": by} | weights
         write()
-        shown = {"copies": "copy_ratio", "FID train": f"fid_{subset.space.name}_train",
-                 "held-out": f"fid_{subset.space.name}_heldout"}
-        print(f"step {step:7d}  {name}  " + "  ".join(
-            f"{what} {float(row[column]):.4g}" for what, column in shown.items() if column in row),
-            flush=True)
+        shown = "  ".join(f"{k} {float(v):.4g}" for k, v in row.items()
+                          if k == "copy_ratio" or re.fullmatch(r"fid_.*_(train|heldout)", k))
+        print(f"step {step:7d}  {name}  {shown}", flush=True)
     write()
 
 
@@ -1193,7 +1205,9 @@ def load_spaces(args, device):
     return space, load_network("--sscd", args.sscd, device, *SSCD_PREPARE)._replace(name="sscd")
 
 
-# --- The state of a sweep's runs ------------------------------------------------------------------
+# ==================================================================================================
+# What sweep.sh asks: the runs of a grid, and how far each is. Nothing here measures.
+# ==================================================================================================
 
 
 # Options of train.py that sweep.sh sets, and the variable to give it instead.
@@ -1213,7 +1227,7 @@ def sweep_words(flag, values):
             raise InputError(f"{flag} {value}: is listed twice, or starts with a 0")
         if is_switch and value not in ("on", "off"):
             raise InputError(f"{flag} {value}: must be on or off")
-    if is_switch:                       # one that is on unless it is named has a --no-
+    if is_switch:                       # one that is on by default is turned off by --no-NAME
         return [[] if (v == "on") == options[key] else [flag if v == "on" else f"--no-{flag[2:]}"]
                 for v in values]
     return [[flag, *v.split(",")] for v in values]
@@ -1315,6 +1329,27 @@ def record_today(record, options):
     return found
 
 
+def rows_asked(run, record, name, settings, num, args):
+    """{step: row} of metrics.csv, of the set `name`: of at least num samples drawn with these
+    settings, measured by today's metrics in the feature spaces that args asks."""
+    features = args.features or default_features(record)
+    if features not in ("pixels", "inception"):
+        features = re.escape(space_name(features)) + "-[0-9a-f]{8}"
+    spaces, today = [features] + ["sscd"] * bool(args.sscd), codes_today().items()
+    defaults = sample.default_settings(train.PROCESSES[record["options"]["process"]])
+    settings = {k: str(v) for k, v in settings.items()}
+
+    def is_asked(row):
+        # rows of before a setting existed have its default
+        made = {k: row.get(f"setting_{k}") or str(v) for k, v in defaults.items()}
+        columns = [column for column, cell in row.items() if cell]
+        return (int(row["samples"]) >= num and made == settings and today <= codes_of(row).items()
+                and all(any(re.fullmatch(f"weights_{s}", c) for c in columns) for s in spaces))
+    table = rows_by_snapshot(run / "metrics.csv")
+    return {step: rows[0] for (place, step), rows in table.items()
+            if place == name and is_asked(rows[0])}
+
+
 def sweep_state(run, options, drawing, args):
     """(state, steps to train, snapshots to draw or measure, held-out loss, copy ratio) of a run.
 
@@ -1335,28 +1370,16 @@ def sweep_state(run, options, drawing, args):
         planned = [int(row["step"]) for row in log]
     name, shots = sample.set_name(settings, process), {*planned, *sample.snapshots(run)}
     drawn, changed = drawn_of(run, record, settings, name, shots)
-    other += changed
-    features = args.features or default_features(record)
-    spaces = ["sscd"] * bool(args.sscd) + [
-        features if features in ("pixels", "inception") else
-        re.escape(space_name(features)) + "-[0-9a-f]{8}"]
-    defaults, asked = sample.default_settings(process), {k: str(v) for k, v in settings.items()}
-    today = codes_today().items()
-
-    def is_asked(row):      # of enough samples with these settings, by today's metrics, in spaces
-        made = {k: row.get(f"setting_{k}") or str(v) for k, v in defaults.items()}  # or it is older
-        columns = [column for column, cell in row.items() if cell]
-        return (int(row["samples"]) >= (args.num or drawing.num) and made == asked
-                and today <= codes_of(row).items()
-                and all(any(re.fullmatch(f"weights_{s}", c) for c in columns) for s in spaces))
-    measured = {step: rows[0] for (place, step), rows
-                in rows_by_snapshot(run / "metrics.csv").items() if place == name
-                and is_asked(rows[0])}
+    measured = rows_asked(run, record, name, settings, args.num or drawing.num, args)
     left = len(shots - (drawn & measured.keys()))
-    state = (f"another run: {', '.join(other)}" if other else
-             f"training, step {step} of {options.steps}" if step < options.steps else
-             f"sampling, {len(drawn)} of {len(shots)}" if drawn < shots else
-             f"measuring, {len(measured)} of {len(shots)}" if left else "done")
+    if other + changed:
+        state = f"another run: {', '.join(other + changed)}"
+    elif step < options.steps:
+        state = f"training, step {step} of {options.steps}"
+    elif drawn < shots:
+        state = f"sampling, {len(drawn)} of {len(shots)}"
+    else:
+        state = f"measuring, {len(measured)} of {len(shots)}" if left else "done"
     return (state, max(0, options.steps - step), left,
             f"{float(log[-1]['heldout_loss']):.4g}" if log else "-",
             f"{float(measured[max(measured)]['copy_ratio']):.4g}" if measured else "-")

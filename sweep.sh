@@ -207,7 +207,7 @@ stage() {               # a script of ours with its options, its output to the r
 }
 
 run_one() {             # the row $1 on `device`
-  local name state options more
+  local name state options more only rows         # the last two are what `ask` takes and gives
   IFS=$'\t' read -r name state _ <<<"$1"
   read -r -a options <<<"${1##*$'\t'}"
   echo "start  $name"
