@@ -1044,7 +1044,7 @@ def open_samples(run, record, name, step, num=None):
     path, shape = sample.samples_path(run, name, step), tuple(record["image_shape"])
     samples = sample.read_samples(path, train.identity(record))
     count = len(samples.images)
-    if sample.others(samples.made, sample.weights_today(run, record, samples.settings, step)):
+    if sample.what_changed(samples.made, sample.weights_today(run, record, samples.settings, step)):
         raise InputError(f"{path}: was drawn by other weights than the run has now; delete it and "
                          "run sample.py again")
     if not count or samples.images.shape[1:] != shape:
@@ -1301,7 +1301,7 @@ def drawn_of(run, record, settings, name, shots):
         if (path := sample.samples_path(run, name, shot)).exists():
             drawn.add(shot)
             weights = sample.weights_today(run, record, settings, shot)
-            if what := sample.others(sample.made_by(path), weights, sampler):
+            if what := sample.what_changed(sample.made_by(path), weights, sampler):
                 changed.append(f"{what}, which drew {path.relative_to(run)}")
     return drawn, changed
 

@@ -49,7 +49,7 @@ import numpy as np
 from PIL import Image
 
 STUDY = Path(__file__).parent / "assets/paper_curves.csv"   # digitised from the study's figures
-# Options that do not make another run; args.json says so itself since it has an entry "free".
+# Options that may change without making another run; args.json ("free") may name more.
 FREE = {"out", "steps", "images", "device", "compile", "save_minutes"}
 # A sample is a copy where d1/d2 is lower than the first; by the ends of columns, as in measure.py.
 THRESHOLDS = {"": "1/3", "_quarter": "1/4", "_half": "1/2"}
@@ -426,9 +426,20 @@ def families(runs):
 class Slice(dict):
     """{value of a factor: [Run, one per seed]}, all else equal.
 
-    fixed {option: its value here}, of the options that vary elsewhere; where: this in words, and
-    of how many slices it is the widest.
+    fixed {option: its value here}, of the options that vary elsewhere; count: of so many slices it
+    is the widest.
     """
+
+    def __init__(self, values, fixed, count):
+        super().__init__(values)
+        self.fixed, self.count = fixed, count
+
+    @property
+    def where(self):
+        """What is fixed, in words."""
+        fixed = "; fixed: " + ", ".join(label_of(*pair) for pair in self.fixed.items())
+        return (fixed * bool(self.fixed)
+                + f"; the widest of {self.count} such sweeps" * (self.count > 1))
 
 
 def longest(runs):
@@ -459,12 +470,9 @@ def sweeps(runs):
         if slices := slices_of(runs if factor.startswith("setting_") else judged, factor):
             widest = max(slices, key=lambda values: (len(values), sum(map(len, values.values()))))
             order = sorted(widest, key=lambda v: (isinstance(v, str), v or 0))  # numbers first
-            groups = found[factor] = Slice({value: widest[value] for value in order})
             options = widest[order[0]][0].options
-            groups.fixed = {k: options[k] for k in varying if k != factor}
-            groups.where = "; fixed: " * bool(groups.fixed) + ", ".join(
-                label_of(*pair) for pair in groups.fixed.items())
-            groups.where += f"; the widest of {len(slices)} such sweeps" * (len(slices) > 1)
+            found[factor] = Slice({value: widest[value] for value in order},
+                                  {k: options[k] for k in varying if k != factor}, len(slices))
     return found
 
 
@@ -757,30 +765,37 @@ def scatter(runs, statistic):
     dof = sum(len(values) - 1 for values in settings)
     if dof or runs is study_runs():
         return squares / dof if dof else 0.0, dof, False
-    # what few of the study's runs reach borrows from the nearest that they do
+    # a statistic that too few of the study's runs reach takes its scatter from a related one
     return *scatter(study_runs(), getattr(statistic, "borrowed", statistic))[:2], True
+
+
+def inverse_mills(z):
+    """E[u | u > z] of a standard normal u: its density over its tail."""
+    return (math.sqrt(2 / math.pi) * math.exp(-z * z / 2) / math.erfc(z / math.sqrt(2))
+            if z < 30 else z + 1 / z)
 
 
 def fit_line(x, y, variance, bound):
     """(slope, intercept, standard error of the slope, misfit) of a line with known errors.
 
-    Arrays (n,). misfit: Birge's ratio, by which points that are not bounds lie farther from the
-    line than their errors let expect, at least 1. By maximum likelihood; a bound is replaced by its
+    Arrays (n,). misfit, at least 1: how much farther points that are not bounds lie from the line
+    than their errors allow (Birge's ratio). By maximum likelihood; a bound is replaced by its
     expectation beyond it (Tobit), so that one which the line satisfies with ease hardly counts.
     """
     sigma = np.sqrt(np.maximum(variance, 1e-12))
     filled, weight = y, sigma**-2
-    for _ in range(1000):
+    for _ in range(1000):                       # expectation-maximization
+        # M: the line through the points and the bounds' expectations
         dx = x - np.average(x, weights=weight)
         slope = float((weight * dx * filled).sum() / (weight * dx**2).sum())
         line = np.average(filled, weights=weight) + slope * dx
+        # E: where a bound's truth is, if it lies beyond the bound and about the line
         z = bound * (y - line) / sigma
-        hazard = np.array([math.sqrt(2 / math.pi) * math.exp(-v * v / 2)
-                           / math.erfc(v / math.sqrt(2)) if v < 30 else v + 1 / v for v in z])
-        filled, last = np.where(bound, line + bound * sigma * hazard, y), filled
+        mills = np.array([*map(inverse_mills, z)])
+        filled, last = np.where(bound, line + bound * sigma * mills, y), filled
         if np.abs(filled - last).max() < 1e-6:
             break
-    weight = weight * np.where(bound, hazard * (hazard - z), 1)
+    weight = weight * np.where(bound, mills * (mills - z), 1)   # what a bound says of the line
     spread = (weight * (x - np.average(x, weights=weight))**2).sum()
     exact = bound == 0
     misfit = (((y - line) / sigma)[exact]**2).sum() / max(exact.sum() - 2, 1)

@@ -266,9 +266,8 @@ def made_by(path):
 
 
 def weights_today(run, record, settings, name):
-    """12 hex digits of the weights that samples of a snapshot are drawn with, from the checksums in
-    its file alone; "" where it is gone. Of "exact", whose images belong to the run, whether they
-    are mirrored.
+    """A digest, 12 hex digits, of the weights that a snapshot's samples are drawn with, from the
+    checksums in its file alone; "" where it is gone. For "exact": "mirrored" or "".
     """
     if name == "exact":
         return "mirrored" * record["options"]["flip"]
@@ -283,8 +282,8 @@ def weights_today(run, record, settings, name):
     return digest.hexdigest()[:12]
 
 
-def others(made, weights, sampler=None):
-    """What made a samples file that is another today: "weights", "sampler" or "".
+def what_changed(made, weights, sampler=None):
+    """Which of "weights" and "sampler" made a samples file and is another today; "" for neither.
 
     made: of Samples; weights, sampler: weights_today, sampler_values. A file that is older than
     these checks passes, unless it is a memorizer's without mirror images. Weights that are gone
@@ -309,7 +308,7 @@ def is_done(path, settings, num, run, defaults, weights, sampler):
     if settings_then != settings:
         different = ", ".join(f"{k} {v}" for k, v in settings_then.items() if v != settings.get(k))
         raise InputError(f"{path}: was made with {different}; delete it")
-    if what := others(found.made, weights, sampler):
+    if what := what_changed(found.made, weights, sampler):
         raise InputError(f"{path}: was drawn by another {what} than there is now; delete what is "
                          f"older than that in {path.parent}, or move it away")
     return len(found.images) >= num

@@ -20,16 +20,16 @@
 # Environment
 #   N WIDTH BATCH LR        lists of values, the first of each the default
 #   VARY    lists for other options of train.py: "ema .99 .999; process ddpm flow; flip off on"
-#   DESIGN  one (factor at a time) or full (one)
-#   SEEDS   seeds, a run each ("0")
+#   DESIGN  one (factor at a time) or full; default: one
+#   SEEDS   seeds, a run each; default: 0
 #   REPEATS more seeds, for the run with the default values alone (digits: "1 2")
 #   IMAGES  images that each run trains on; 724N: in proportion to N, so 724 epochs
 #   DATA    cifar10 (downloaded) or an .npz file; digits and toy have their own
-#   OUT     folder of the runs (runs/GRID)
+#   OUT     folder of the runs; default: runs/GRID
 #   GPUS    devices, a run at a time on each: "0 1 2 3"; "0 0" is two at a time on GPU 0; "cpu cpu"
-#   KEEP    weights that stay once a run is measured: all, last (the last ones) or none (all)
+#   KEEP    weights that stay once a run is measured: all, last or none; default: all
 #   TRAIN SAMPLE MEASURE    more options for train.py, sample.py, measure.py
-#   PYTHON  the interpreter (python)
+#   PYTHON  the interpreter; default: python
 set -euo pipefail
 
 die() {

@@ -61,7 +61,7 @@ def diffusion_loss(net, process, x0, t, eps, labels=None):
 
 # --- Noise processes: t from 0, the image, to 1, nothing but noise --------------------------------
 
-DDPM_T = 1000                   # DDPM's number of steps; with another, beta is 1000 / DDPM_T times
+DDPM_T = 1000                   # DDPM's number of steps; betas are scaled by 1000 / DDPM_T
 
 class Process(NamedTuple):
     """A noise process, and what the network predicts in it.
@@ -348,7 +348,7 @@ def train(args, record, out, data, net, device, rank=0, world=1):
                                      initial=state.step * args.batch, disable=rank > 0 or None)
     say(rank, f"{out}: {sum(p.numel() for p in net.parameters()):,} parameters, {args.n} images, "
               f"on {world} x {device.type}, steps {state.step} to {args.steps}")
-    if rank == 0 and state.step == args.steps:      # it was to go on when it was saved here
+    if rank == 0 and state.step == args.steps:      # killed before its evaluation, or now the end
         bar.write(save_and_evaluate(state, splits, args, out, math.nan))
     last_saved = time.monotonic()
     for step in range(state.step + 1, args.steps + 1):
@@ -458,7 +458,7 @@ def sigmoid_weight(process, t, bias=2.0):
     -dlambda/dt sigmoid(bias - lambda), lambda the log-SNR, weighs the error of eps; it is turned
     into a weight of the error of what the network predicts.
     """
-    if process.T:                               # neighbours among its discrete times
+    if process.T:                               # a central difference of its discrete times
         t, h, first = t.double(), 1 / process.T, 1 / process.T
     else:
         t = t.double().clamp(1e-4, 1 - 1e-4)
@@ -523,8 +523,8 @@ def network_values(net, image_shape, classes):
 
 
 def alike(then, now, rounding=1e-3):
-    """Whether step_values or network_values are those of a record, but for rounding. True where a
-    run is older than they are."""
+    """Whether two lists of step_values or network_values are equal but for rounding. None, of a
+    run from before they were recorded, is equal to any."""
     return None in (then, now) or (np.shape(then) == np.shape(now) and
                                    np.allclose(then, now, rounding, rounding, equal_nan=True))
 
@@ -1424,7 +1424,7 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # torch.save has a name of its own for a full disk
+    except (OSError, RuntimeError) as error:    # as torch.save reports a full disk
         if isinstance(error, DEVICE_ERRORS):
             raise
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)),
