@@ -1279,10 +1279,16 @@ def tick_text(value, _):
     return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
+def not_measured(axis):
+    """Say so in a panel, once."""
+    if not axis.texts:
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
+
+
 def dress(axis, title, scale, xlabel=""):
     """Title, scales and few, readable ticks of a panel against training steps."""
     if not any(len(line.get_xdata()) for line in axis.lines):
-        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
+        not_measured(axis)
         return axis.set(title=title, xlabel=xlabel)
     axis.set(title=title, xlabel=xlabel, xscale="log", yscale="log" if scale == "log" else "linear")
     if scale == "share":
@@ -1336,7 +1342,7 @@ def panels(run, rows, size):
         for column in columns.split():
             curve(axis, [run], column, BLUE, errors=True)
         if not axis.lines:
-            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
+            not_measured(axis)                  # though its controls may be
         for column, (key, (color, label)) in itertools.product(columns.split(), CONTROLS.items()):
             value = control(run, key, column)
             if value > 0 or (math.isfinite(value) and scale != "log"):
