@@ -530,7 +530,8 @@ NULLS = ("copy_ratio", "copy_low", "copy_high", "auth_share", "sscd")   # held-o
 def columns_of(metric, c):
     """metric(c), checked: {column: number}. Raises InputError."""
     row = metric(c)
-    if not isinstance(row, dict) or not all(isinstance(v, (int, float)) for v in row.values()):
+    if not isinstance(row, dict) or not all(isinstance(v, (int, float)) and not isinstance(v, bool)
+                                            for v in row.values()):
         raise InputError(f"metric {metric.__name__}: returned {row!r:.99}, must be "
                          "{column: number}, say float(...)")
     return row
@@ -584,12 +585,14 @@ def measure_controls(run, subset, exact):
         metrics = (copying, nearest_rms) if name == "leave_one_out" else METRICS
         results[name] = {metric: cached(columns_of, metric, c) for metric in metrics}
         row = {"name": name, "images": len(c.images), "compared": c.count,
-               "made_of": digest_of(codes_today(), c.images, c.neighbours[1])[:8]}
-        if all(str(value) == old.get(name, {}).get(key) for key, value in row.items()):
-            row |= old[name]
+               "made_of": digest_of(c.images, c.neighbours[1])[:8]}
+        code, before = codes_today(), old.get(name, {})
+        if (all(str(value) == before.get(key) for key, value in row.items()) and codes_of(before)
+                and all(code.get(metric, was) == was for metric, was in codes_of(before).items())):
+            row |= before
         for columns in results[name].values():
             row |= columns
-        rows.append(row)
+        rows.append(row | {"code": " ".join(map(":".join, code.items()))})
         write_neighbours(run / f"neighbours/{name}.npz", c)
     write_csv(run / "controls.csv", rows)
     return results
@@ -709,6 +712,10 @@ def measure_samples(args, options, drawn, subset, table, columns, common):
     kept, todo = plan(drawn, table, columns, spaces, digests, paths)
     for key, row in kept.items():               # columns stay in their order; new ones follow
         table[key] = row and row | {k: v for k, v in defaults.items() if k not in row} | common
+    if gone := [key for key, row in table.items() if key not in drawn and any(
+            codes_today().get(metric, was) != was for metric, was in codes_of(row).items())]:
+        print(f"{run}/metrics.csv: {len(gone)} rows whose samples are gone are of other code than "
+              "today's metrics", file=sys.stderr, flush=True)
     print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
           f"{', '.join(s.name for s in spaces)}, on {subset.train.device}", flush=True)
 
@@ -801,15 +808,16 @@ def noised(process, x0, labels):
 
 def on_path(net, process, shape, labels):
     """(xt, t, labels) as noised gives them, of points on the net's own way to an image."""
-    seen = []
+    seen = {}
 
     def watched(xt, t, labels):
-        seen.append((xt.clone(), t))            # the sampler writes into xt
+        # The sampler writes into xt. Of several looks at a time (Heun's) the last is from the path.
+        seen[float(t[0])] = xt.clone(), t
         return net(xt, t, labels)
     sample.sample(watched, process, shape, [(0, i) for i in range(len(labels))], 2 * LEVELS,
                   clip=process.clip, labels=labels, device=labels.device)
-    xt, t = [x for x, _ in seen[1::2]], [t for _, t in seen[1::2]]
-    return torch.cat(xt), torch.cat(t), labels.repeat(LEVELS)
+    path = [seen[float(t)] for t in sample.sampling_times(process, 2 * LEVELS)[1::2]]
+    return *map(torch.cat, zip(*path, strict=True)), labels.repeat(LEVELS)
 
 
 def denoiser_study(process, data, patch):
@@ -966,9 +974,11 @@ def measure_twin(args, record, device):
 
 # --- Caches: kept in data/cache under what they are made of ---------------------------------------
 
-# All code that can matter, files of your own beside this one included.
-FILES = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))
-                if path.name != "plot.py")
+# All code that can matter, files of your own beside this one and in folders beside it included.
+HERE = Path(__file__).parent
+FILES = "".join(path.read_text() for depth in ("[!.]*.py", "[!.]*/[!.]*.py")
+                for path in sorted(HERE.glob(depth))
+                if path.name != "plot.py" and path.parent.name != "tests")
 say_once = functools.cache(functools.partial(print, flush=True))
 source_of = functools.cache(inspect.getsource)
 
@@ -990,9 +1000,10 @@ def digest_of(*things):
 
 
 def is_own(module):
-    """Whether a module is a file beside this one that is none of the project's."""
+    """Whether a module is a file beside this one, or in a folder beside it, and none of the
+    project's."""
     path = Path(getattr(module, "__file__", None) or "/")
-    return (path.parent == Path(__file__).parent and inspect.ismodule(module)
+    return (HERE in (path.parent, path.parent.parent) and inspect.ismodule(module)
             and module not in (train, sample, sys.modules[__name__]))
 
 
@@ -1012,8 +1023,10 @@ def code_of(function):
                 things += [value] * (own and value not in [*things, cached, digest_of])
             elif is_own(value):
                 sources.append(source_of(value))
-            elif isinstance(value, (int, float, str, tuple, dict)):
-                sources.append(f"{name} = {getattr(value, 'key', value)!r}")
+            elif isinstance(value, (int, float, str, tuple, list, dict, np.generic,
+                                    np.ndarray, torch.Tensor)):
+                tensor = isinstance(value, (np.ndarray, torch.Tensor))
+                sources += [name, torch.as_tensor(value) if tensor else value]
     return digest_of(*sources)[:8]
 
 
@@ -1230,7 +1243,10 @@ def sweep_words(flag, values):
     if is_switch:                       # one that is on by default is turned off by --no-NAME
         return [[] if (v == "on") == options[key] else [flag if v == "on" else f"--no-{flag[2:]}"]
                 for v in values]
-    return [[flag, *v.split(",")] for v in values]
+    several = isinstance(options[key], (list, tuple))
+    # with =, so that argparse does not take -1e-3 for an option
+    return [[flag, *v.split(",")] if several else [f"{flag}={v}"] if v.startswith("-") else
+            [flag, v] for v in values]
 
 
 def sweep_options(lists):
@@ -1275,7 +1291,8 @@ def sweep_rows(lists):
     choices += [(*default[:seed], words, *default[seed + 1:]) for words in repeats
                 if words not in axes["--seed"]]                     # SEEDS has these already
     # A switch that varies has no place among the options that all runs have.
-    common = [word for word in lists["TRAIN"] if [] not in axes.get(word, ())]
+    switches = {word for words in axes.values() if [] in words for word in itertools.chain(*words)}
+    common = [word for word in lists["TRAIN"] if word not in switches]
     images, rows = lists["IMAGES"][0], {}
     for choice in choices:
         words = [word for words in choice for word in words]
@@ -1421,6 +1438,7 @@ def sweep(argv):
     """
     lists = dict.fromkeys(("TRAIN", "SAMPLE", "MEASURE"), ())
     for key, *values in filter(None, map(str.split, sys.stdin)):
+        key = key.replace("_", "-") if key.startswith("--") else key
         if lists.get(key):
             raise InputError(f"{key}: has two lists")
         lists[key] = values

@@ -8,8 +8,7 @@
     python plot.py --paper                          # the study's own curves, judged the same way
 
 Of several roots, a run that two of them have (same name, same set of samples) is taken from the
-earlier one. All goes into the figures/ of the first (beside its tables, if it has only these); in
-the others nothing is written or removed.
+earlier one. All goes into the figures/ of the first; elsewhere nothing is written or removed.
 
 Four parts, in this order:
     reading   A Run is one training run with one set of samples, from a run folder, from a table
@@ -176,6 +175,8 @@ class Run:
     free: frozenset = frozenset(FREE)                           # options that make no other run
     defaults: dict = dataclasses.field(default_factory=dict)    # {option: its default}
     parameters: float = math.nan
+    images: str = ""                                            # hash of the training images
+    code: frozenset = frozenset()                               # what its metrics are measured by
 
     def __post_init__(self):
         if "data" in self.options:              # wherever the file is
@@ -185,7 +186,7 @@ class Run:
                              default=math.nan)
         self.tables = {stem: rows for stem, rows in self.tables.items() if rows}
         self.controls = {row.get("name", ""): {column: number(cell) for column, cell in row.items()
-                                               if column not in ("run", "name")}
+                                               if column not in ("run", "name", "made_of", "code")}
                          for row in self.tables.pop("controls", ())}
         self.spaces = [column[len("sw_"):-len("_train")] for column in self.metrics
                        if re.fullmatch("sw_(?!error_).*_train", column)]
@@ -240,7 +241,8 @@ def read_folder(path):
         options, defaults = ({k: value_of(v) for k, v in record.get(entry, {}).items()}
                               for entry in ("options", "defaults"))
         more = {"path": path, "defaults": defaults, "free": FREE.union(record.get("free", ())),
-                "parameters": number(record.get("parameters"))}
+                "parameters": number(record.get("parameters")),
+                "images": record.get("subset_sha256", "")}
     except (ValueError, TypeError, AttributeError):
         raise PlotError(f"{path}/args.json: missing or damaged") from None
     options.setdefault("seed", 0)
@@ -256,7 +258,8 @@ def read_folder(path):
                          or row.get("set", name) == name]
                   for stem, table in beside.items()}
         runs.append(Run("_".join(filter(None, (path.name, name))), options | settings, log,
-                        columns_of(rows, path / "metrics.csv"), set=name, tables=tables, **more))
+                        columns_of(rows, path / "metrics.csv"), set=name, tables=tables, **more,
+                        code=frozenset(row.get("code", "") for row in rows) - {""}))
     return runs
 
 
@@ -332,15 +335,16 @@ def run_folders(root):
 def read_root(root, damaged):
     """The runs at or below a folder: {folder for their figures: [Run]}.
 
-    From run folders or, where there are none, from tables runs.csv, whose figures go beside them.
+    From run folders or, where there are none, from tables runs.csv, but for those among figures.
     The message of each run that is not readable is added to the list damaged.
     """
     if not root.is_dir():
         raise PlotError(f"{root}: no such folder")
     groups, folders, before = {}, run_folders(root), len(damaged)
-    read, figures = (read_folder, "figures") if folders else (read_runs_csv, "")
-    for path in folders or sorted(root.rglob("runs.csv")):
-        place = (root if path == root else path.parent) / figures
+    read = read_folder if folders else read_runs_csv
+    for path in folders or [path for path in sorted(root.rglob("runs.csv"))
+                            if "figures" not in path.relative_to(root).parts]:
+        place = (root if path == root else path.parent) / "figures"
         try:
             groups.setdefault(place, []).extend(read(path))
         except PlotError as error:
@@ -352,9 +356,10 @@ def read_root(root, damaged):
 
 
 def unlike(run, other, ignore):
-    """The options, sorted, that two runs both have and that differ."""
+    """The options, sorted, that two runs both have and that differ; training images, too."""
     names = run.options.keys() & other.options.keys() - run.free - {*ignore}
-    return sorted(name for name in names if run.options[name] != other.options[name])
+    return sorted(name for name in names if run.options[name] != other.options[name]) + [
+        "training images"] * bool(run.images and other.images and run.images != other.images)
 
 
 def find_runs(*roots, damaged=None, ignore=()):
@@ -380,8 +385,7 @@ def find_runs(*roots, damaged=None, ignore=()):
                 elif other := unlike(first, run, ignore):
                     raise PlotError(f"{run.name}: two of these folders have a run of this name, "
                                     f"with another {', '.join(other)}")
-        place = roots[0] / ("figures" if run_folders(roots[0]) else "")
-        groups = {place: sorted(union, key=lambda run: run.name)}
+        groups = {roots[0] / "figures": sorted(union, key=lambda run: run.name)}
     everything = [*itertools.chain(*groups.values())]
     for name in ignore:
         if not any(name in run.options for run in everything):
@@ -1264,7 +1268,7 @@ def palette(count):
 
 def style_of(column):
     """The line, colour and label of a column, see STYLES."""
-    return next(style for word, style in STYLES.items() if word in column)
+    return next(style for word, style in STYLES.items() if f"_{word}_" in f"_{column}_" or not word)
 
 
 def control(run, name, column):
@@ -1815,11 +1819,19 @@ def draw_all(runs, found, folder, study, damaged):
 # --- Command line ---------------------------------------------------------------------------------
 
 
+def measured_unlike(runs):
+    """The metrics, sorted, that were measured by other code in one row than in another."""
+    by = {}
+    for metric, code in (word.split(":") for run in runs for text in run.code
+                         for word in text.split()):
+        by.setdefault(metric, set()).add(code)
+    return sorted(metric for metric, codes in by.items() if len(codes) > 1)
+
+
 def report(roots, study, ignore):
     """Draw, judge and print everything below the roots; the messages of unreadable runs.
 
-    What an earlier call drew (it left a list, .drawn) and this one did not is removed, but not
-    beside tables, from which pictures cannot be drawn again.
+    What an earlier call drew (it left a list, .drawn) and this one did not is removed.
     """
     damaged, WRITTEN[:] = [], []
     groups = (find_runs(*roots, damaged=damaged, ignore=ignore) if roots else
@@ -1829,10 +1841,13 @@ def report(roots, study, ignore):
         found = sweeps(runs)
         write_tables(runs, found, folder, study)
         draw_all(runs, found, folder, sweeps(study_runs()) if study else {}, damaged)
+        if unlike := measured_unlike(runs):
+            print(f"warning: {folder}: not all measured by the same code of {', '.join(unlike)}; "
+                  "measure.py RUN measures anew what is old", file=sys.stderr)
         print(f"{folder}: {len(runs)} run{'s' * (len(runs) > 1)} drawn")
         print("\n".join(map(run_text, runs)) if len(usual(runs)) == 1 else
               (folder / "claims.md").read_text(encoding="utf-8"))
-    if roots and run_folders(Path(roots[0])):
+    if roots:
         for place in {folder.parent if folder.parent.name == "figures" else folder
                       for folder in groups}:
             now, old = {str(path.relative_to(place)) for path in WRITTEN

@@ -125,6 +125,7 @@ fi
 if [[ -z ${PYTHON:-} ]]; then PYTHON=$(command -v python || echo python3); fi
 command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"
 [[ $IMAGES =~ ^[1-9][0-9]*N?$ ]] || die "IMAGES=$IMAGES: must be one whole number, or like 724N"
+[[ $DATA != *[[:space:]]* ]] || die "DATA=$DATA: a path without spaces, please"
 [[ $DESIGN =~ ^(one|full)$ ]] || die "DESIGN=$DESIGN: must be one (factor at a time) or full"
 [[ $KEEP =~ ^(all|last|none)$ ]] || die "KEEP=$KEEP: must be all, last or none"
 read -r -d '' -a slots <<<"$GPUS" || true

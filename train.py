@@ -481,15 +481,17 @@ def fingerprint(process):
 
 
 class Affine(nn.Module):
-    """A network of two numbers, w xt + b, for step_values; in float64, since they hardly move."""
+    """A network of two numbers, w xt + b + label, for step_values; in float64, since they hardly
+    move. It has an idle matrix, too, for optimizers that take nothing else."""
 
     def __init__(self):
         super().__init__()
         self.parts = nn.Parameter(torch.tensor([0.5, 0.0], dtype=torch.float64))
+        self.idle = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
 
     def forward(self, xt, t, labels=None):
         w, b = self.parts.unbind()
-        return w * xt + b
+        return w * xt + b + (0 if labels is None else labels.view(-1, 1, 1, 1))
 
 
 def step_values(options):
@@ -499,12 +501,14 @@ def step_values(options):
     """
     args = argparse.Namespace(**options | {"batch": 64, "amp": "off"})
     images = torch.randint(256, (64, 4, 4, 1), dtype=torch.uint8, generator=generator("cpu"))
+    labels = torch.zeros(64, dtype=torch.int64) if args.conditional else None
     with torch.random.fork_rng(devices=[]):
         state, losses = fresh_state(args, Affine(), torch.device("cpu")), []
         for step in (1, 2, 3):
-            losses.append(training_loss(state.net, (images, None), args, step))
+            losses.append(training_loss(state.net, (images, labels), args, step))
             update(state, losses[-1], step, args.ema)
-    moves = torch.cat([*state.weights, *state.averages]) - Affine().parts.repeat(2)
+    parts = [weights for weights in (*state.weights, *state.averages) if weights.dim() == 1]
+    moves = torch.cat(parts) - Affine().parts.repeat(2)
     return [*torch.stack(losses).tolist(), *(moves / args.lr).tolist()]
 
 
@@ -760,7 +764,7 @@ FREE = ("out", "steps", "images", "device", "compile", "save_minutes")
 
 def make_parser():
     """The command line of train.py."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+    p = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = p.add_argument_group("data").add_argument
     data("--data", default="cifar10", help="toy, digits, cifar10 (downloaded) or an .npz file")

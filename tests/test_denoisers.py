@@ -186,6 +186,24 @@ def test_path_is_what_the_sampler_visits():
         x, _ = sample.ddim_step(process, x, prediction, times[k], times[k + 1], clip=True)
 
 
+def test_path_of_a_sampler_that_looks_twice(monkeypatch):
+    process = train.PROCESSES["flow"]
+    exact, labels = sample.memorizer(process, pictures(5)), torch.zeros(4, dtype=torch.int64)
+    plain = measure.on_path(exact, process, (3, 4, 4), labels)
+
+    def heun(net, process, shape, seeds, steps, real=sample.sample, **more):
+        times = [float(t) for t in sample.sampling_times(process, steps)]
+
+        def twice(xt, t, labels):               # and what it tries at the next time
+            prediction = net(xt, t, labels)
+            net(xt + 9, t * 0 + times[times.index(float(t[0])) + 1], labels)
+            return prediction
+        return real(twice, process, shape, seeds, steps, **more)
+    monkeypatch.setattr(sample, "sample", heun)
+    for one, two in zip(plain, measure.on_path(exact, process, (3, 4, 4), labels), strict=True):
+        assert torch.equal(one, two)
+
+
 # --- The command ----------------------------------------------------------------------------------
 
 

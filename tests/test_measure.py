@@ -526,12 +526,21 @@ def test_controls_of_a_run(tiny_run):
     assert columns <= set(rows[-1])
 
 
-def test_controls_of_another_feature_space_stay(run):
+def test_controls_of_another_feature_space_stay(run, monkeypatch):
     before = metrics(run, "controls.csv")
     path = export(Small(), run / "net.pt2")
     measure.main([str(run), "--features", str(path), "--device", "cpu"])
     for old, new in zip(before, metrics(run, "controls.csv"), strict=True):
         assert old.items() <= new.items() and len(new) > len(old)
+
+    def dark(c):
+        """One metric more changes nothing in the others."""
+        return {"dark_share": float((c.images < 64).float().mean())}
+    monkeypatch.setattr(measure, "METRICS", (*measure.METRICS, dark))
+    measure.main([str(run), "--device", "cpu"])
+    for row in metrics(run, "controls.csv"):
+        assert row["name"] == "leave_one_out" or row["dark_share"] and any(
+            value for name, value in row.items() if name.startswith("sw_net-"))
     measure.main([str(run), "--num", "6", "--device", "cpu"])
     assert all(not value for row in metrics(run, "controls.csv") for name, value in row.items()
                if "_net-" in name)                          # of another count
@@ -615,7 +624,8 @@ def test_metrics_need_names_of_their_own(run, monkeypatch, refused, metrics, wor
     refused(measure.main, [run, "--device", "cpu"], *words)
 
 
-@pytest.mark.parametrize("returned", [{"dark": torch.tensor(0.5)}, 0.5, {"dark": "half"}])
+@pytest.mark.parametrize("returned", [{"dark": torch.tensor(0.5)}, 0.5, {"dark": "half"},
+                                      {"dark": True}])
 def test_a_metric_that_gives_no_numbers_is_named(run, monkeypatch, refused, returned):
     def dark(c):
         """No float."""
@@ -636,7 +646,7 @@ def dark(c):
     return {"dark_share": float(below(c.images).float().mean())}
 """)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(measure, "__file__", str(tmp_path / "measure.py"))      # beside it
+    monkeypatch.setattr(measure, "HERE", tmp_path)                              # beside it
     mine = importlib.import_module("mine")
     monkeypatch.setattr(measure, "METRICS", (mine.dark, *measure.METRICS))
     monkeypatch.setattr(measure, "NULLS", ("dark_share", *measure.NULLS))
@@ -655,6 +665,35 @@ def test_what_a_metric_uses_belongs_to_its_code(monkeypatch):
     monkeypatch.setattr(measure, "SW_PROJECTIONS", 50)          # the default of an argument
     assert measure.code_of(measure.fidelity) != before[0]
     assert measure.code_of(measure.similarity) == before[1]
+
+
+@pytest.mark.parametrize("kind", [int, str, lambda x: [x], lambda x: {"a": x}, np.float32,
+                                  lambda x: np.array([x]), lambda x: torch.tensor(x)])
+def test_a_constant_of_any_kind_belongs_to_the_code(monkeypatch, kind):
+    codes = []
+    for value in (1, 2, 2):
+        monkeypatch.setattr(measure, "SW_PROJECTIONS", kind(value))
+        codes.append(measure.code_of(measure.fidelity))
+    assert codes[0] != codes[1] == codes[2]
+
+
+def test_rows_whose_samples_are_gone_are_said_to_be_old(run, monkeypatch, capsys):
+    file_of(run, 16).unlink()
+    for threshold, told in ((1 / 3, False), (1 / 4, True)):
+        monkeypatch.setitem(measure.THRESHOLDS, "", threshold)
+        measure.main([str(run), "--device", "cpu"])
+        assert ("1 rows whose samples are gone" in capsys.readouterr().err) is told
+
+
+def test_code_in_folders_beside_is_followed(tmp_path, monkeypatch):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/edges.py").write_text("""
+def dark(c):
+    return {"dark_share": 0.5}
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(measure, "HERE", tmp_path)
+    assert measure.is_own(importlib.import_module("more.edges")) and not measure.is_own(np)
 
 
 def test_samples_of_other_weights_are_not_measured(run, refused):

@@ -309,7 +309,7 @@ def test_half_in_folders_and_half_in_tables_is_one_sweep(tmp_path, folders_first
     tables = tables_of(tmp_path / "tables", tmp_path / "other")
     roots = [tmp_path / "half", tables] if folders_first else [tables, tmp_path / "half"]
     ((place, runs),) = plot.find_runs(*roots).items()
-    assert place == (tmp_path / "half/figures" if folders_first else tables)
+    assert place == roots[0] / "figures"
     (whole,) = plot.find_runs(tmp_path / "all").values()
     assert [(run.name, run.key()) for run in runs] == [(run.name, run.key()) for run in whole]
     assert sorted(run.path is None for run in runs) == [False] * 4 + [True] * 4
@@ -360,11 +360,33 @@ def test_nothing_is_written_or_removed_in_the_other_roots(tmp_path, undrawn, cap
     assert {path.name for path in (tmp_path / "a/figures").iterdir()} == {
         "runs.csv", "summary.csv", "controls.csv", "claims.md", ".drawn"}
     first = files_of(tmp_path / "a")
-    plot.main(roots[::-1])                          # a root of tables first: beside its tables
+    plot.main(roots[::-1])
     assert files_of(tmp_path / "a") == first and stale[2].exists()
-    with open(tables / "summary.csv", newline="") as file:
+    with open(tables / "figures/summary.csv", newline="") as file:
         assert {row["run"] for row in csv.DictReader(file)} == {"N64_s0", "N32_s0", "N16_s0"}
-    assert not (tables / "figures").exists()
+
+
+def test_runs_of_one_name_and_other_images_are_not_one_run(tmp_path, undrawn, refused):
+    for root, images in (("a", "cats"), ("b", "dogs")):
+        record = made_up(tmp_path / root, 16) / "args.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"subset_sha256": images}))
+    refused(plot.main, [tmp_path / "a", tmp_path / "b"], "N16_s0", "another training images")
+
+
+def test_runs_measured_by_other_code_are_named(tmp_path, undrawn, capsys):
+    for n, code in ((16, "copying:1 kid:1"), (32, "copying:2 kid:1")):
+        table = made_up(tmp_path, n) / "metrics.csv"
+        with open(table) as file:
+            rows = [row | {"code": code} for row in csv.DictReader(file)]
+        write_csv(table, rows)
+    plot.main([str(tmp_path)])
+    assert "not all measured by the same code of copying; measure.py" in capsys.readouterr().err
+
+
+def test_the_style_of_a_column_goes_by_whole_words():
+    assert plot.style_of("restraint_score") == plot.STYLES[""]
+    assert plot.style_of("sw_SPACE_train") == plot.STYLES["train"]
+    assert plot.style_of("twin_nearest_train_rms") == plot.STYLES["twin_nearest"]
 
 
 def test_every_root_needs_a_run(tmp_path, undrawn, refused):

@@ -125,6 +125,7 @@ def test_bad_arguments_are_named(fake, tmp_path):
     refused("toy", "--only", word="takes the name of one run")
     refused("toy", KEEP="some", word="KEEP=some")
     refused("toy", IMAGES="08", word="IMAGES=08")
+    refused("custom", DATA="my data", word="DATA=my data: a path without spaces")
     refused("toy", IMAGES="10 20", word="IMAGES=10 20")
     refused("toy", PYTHON="/no/such", word="PYTHON=/no/such")
     refused("toy", SLURM_ARRAY_TASK_ID="99", word="SLURM_ARRAY_TASK_ID=99: the runs are 0 to 1")
@@ -359,6 +360,10 @@ def test_a_switch_that_is_on_by_default_can_vary(monkeypatch):
     monkeypatch.setattr(train, "make_parser", more)
     assert measure.sweep_words("--bias", ["on", "off"]) == [[], ["--no-bias"]]
     assert measure.sweep_words("--flip", ["on", "off"]) == [["--flip"], []]
+    lists = {"TRAIN": ["--data", "toy", "--no-bias"], "IMAGES": ["8"], "DESIGN": ["one"],
+             "REPEATS": [], "--n": ["8"], "--seed": ["0"], "--bias": ["on", "off"]}
+    assert [options.bias for _, options in measure.sweep_rows(lists).values()] == [True, False]
+    assert measure.sweep_words("--lr", ["-1e-3", "2"]) == [["--lr=-1e-3"], ["--lr", "2"]]
 
 
 @pytest.mark.parametrize("change, word", [

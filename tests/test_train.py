@@ -547,6 +547,18 @@ def test_what_the_code_computes_is_the_same_on_every_call():
     assert one == two and np.std(one) > 0.1         # of the code alone, not of the seed
 
 
+def test_a_loss_that_changes_labels_is_another(monkeypatch):
+    options = vars(train.parse([*TINY, "--conditional"]))
+    before = train.step_values(options)
+
+    def dropped(net, data, args, step, real=train.training_loss):
+        def without(xt, t, labels):
+            return net(xt, t, torch.where(torch.arange(len(t)) % 2 > 0, 10, labels))
+        return real(without, data, args, step)
+    monkeypatch.setattr(train, "training_loss", dropped)
+    assert not train.alike(before, train.step_values(options), 2e-5)
+
+
 def test_what_a_run_began_with_stays_in_its_record(tmp_path, sampled_run, monkeypatch):
     run = shutil.copytree(sampled_run, tmp_path / "r")
     monkeypatch.setattr(torch, "__version__", "9.9")
