@@ -490,7 +490,7 @@ def blurred(c):
     """What blur alone makes of AuthPct, of the distance to the nearest training image and of the
     mixture residual: theirs of as many held-out images under the Gaussian that leaves them as sharp
     as the pictures; as they are, if the pictures are sharper."""
-    x, sharp = to_float(c.subset.heldout[:len(c.images)]), gradient_energy(c.images)
+    x, sharp = to_float(c.subset.heldout[:c.count]), gradient_energy(c.images)
     place = torch.arange(x.shape[2], device=x.device)
     low, high = 0.05, x.shape[2] / 4                    # its standard deviation, in pixels
     for _ in range(20):
@@ -702,7 +702,7 @@ def measure_samples(args, options, drawn, subset, table, columns, common):
     drawn: {(set, step): Samples}; table: {(set, step): row of metrics.csv}; columns: {metric: its
     columns}; common: columns that are the same in all rows.
     """
-    run, process = args.run, train.PROCESSES[options["process"]]
+    run, code, process = args.run, codes_today(), train.PROCESSES[options["process"]]
     spaces = [space for space in (subset.space, subset.sscd) if space]
     # What samples of before an option existed were drawn with.
     defaults = {f"setting_{k}": value for k, value in sample.default_settings(process).items()}
@@ -713,7 +713,7 @@ def measure_samples(args, options, drawn, subset, table, columns, common):
     for key, row in kept.items():               # columns stay in their order; new ones follow
         table[key] = row and row | {k: v for k, v in defaults.items() if k not in row} | common
     if gone := [key for key, row in table.items() if key not in drawn and any(
-            codes_today().get(metric, was) != was for metric, was in codes_of(row).items())]:
+            code.get(metric, was) != was for metric, was in codes_of(row).items())]:
         print(f"{run}/metrics.csv: {len(gone)} rows whose samples are gone are of other code than "
               "today's metrics", file=sys.stderr, flush=True)
     print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
@@ -732,7 +732,7 @@ def measure_samples(args, options, drawn, subset, table, columns, common):
             row |= columns_of(metric, c)
         write_neighbours(paths[key], c, digests[key], step, samples.labels)
         # What a metric that is gone was measured by stays, in case that it comes again, changed.
-        by = " ".join(f"{k}:{v}" for k, v in (codes_of(kept[key]) | codes_today()).items())
+        by = " ".join(f"{k}:{v}" for k, v in (codes_of(kept[key]) | code).items())
         weights = {f"weights_{space.name}": space.key[:8] for space in spaces}
         table[key] = row | common | {"code": by} | weights
         write()
@@ -1007,6 +1007,13 @@ def is_own(module):
             and module not in (train, sample, sys.modules[__name__]))
 
 
+@functools.cache
+def names_in(source):
+    """The names in a function's or class's source."""
+    tree = ast.parse(textwrap.dedent(source))
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
 def code_of(function):
     """8 hex digits of the source of a metric and of all that it uses, in this file and in files of
     your own beside it: whatever a name in the source stands for, and so on."""
@@ -1014,9 +1021,7 @@ def code_of(function):
     for thing in things:                        # which grows
         sources.append(source_of(thing))
         known = vars(sys.modules[thing.__module__])
-        names = {node.id for node in ast.walk(ast.parse(textwrap.dedent(sources[-1])))
-                 if isinstance(node, ast.Name)}
-        for name in sorted(names & known.keys()):
+        for name in sorted(names_in(sources[-1]) & known.keys()):
             value = known[name]
             if inspect.isroutine(value) or inspect.isclass(value):
                 own = value.__module__ == __name__ or is_own(sys.modules.get(value.__module__))
