@@ -1349,7 +1349,8 @@ def panels(run, rows, size):
             not_measured(axis)                  # though its controls may be
         for column, (key, (color, label)) in itertools.product(columns.split(), CONTROLS.items()):
             value = control(run, key, column)
-            if value > 0 or (math.isfinite(value) and scale != "log"):
+            drawable = value > 0 or (math.isfinite(value) and scale != "log")
+            if drawable and "blurred" not in column:        # which is a control itself
                 axis.axhline(value, color=color, linestyle=style_of(column)[0], linewidth=1.1,
                              label=label)
         for mark, line in MARKS.items():
