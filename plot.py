@@ -1221,9 +1221,9 @@ PANELS = {
     "kid": ("KID", "cut", "kid_SPACE_train kid_SPACE_heldout"),
     "precision": ("precision", "share", "precision_SPACE_train precision_SPACE_heldout"),
     "recall": ("recall", "share", "recall_SPACE_train recall_SPACE_heldout"),
-    "sw_replaced": ("sliced Wasserstein, replaced", "log", "sw_SPACE_heldout sw_SPACE_replaced"),
-    "kid_replaced": ("KID, replaced", "cut", "kid_SPACE_heldout kid_SPACE_replaced"),
-    "fid_replaced": ("FID, replaced", "log", "fid_SPACE_heldout fid_SPACE_replaced"),
+    "sw_replaced": ("SW, samples and replaced", "log", "sw_SPACE_heldout sw_SPACE_replaced"),
+    "kid_replaced": ("KID, samples and replaced", "cut", "kid_SPACE_heldout kid_SPACE_replaced"),
+    "fid_replaced": ("FID, samples and replaced", "log", "fid_SPACE_heldout fid_SPACE_replaced"),
     **{f"copy{end}": (f"copies, d1/d2 < {below}", "share", f"copy_ratio{end} null_copy_ratio{end}")
        for end, below in THRESHOLDS.items() if end},
     "sscd": ("copies, SSCD > .6", "share", "sscd_ratio null_sscd_ratio"),
@@ -1360,8 +1360,9 @@ def panels(run, rows, size):
         dress(axis, title, scale)
         curves = [values for _, values in map(run.column, columns.split()) if len(values)]
         if scale == "cut" and curves:
-            top = 1.1 * max(max(3 * np.median(values), values[-1]) for values in curves)
-            axis.set_ylim(-0.06 * top, min(axis.get_ylim()[1], top))
+            tops = [values[np.argmax(values <= 2 * np.median(values)):].max()
+                    for values in curves]               # only what comes before is cut off
+            axis.set_ylim(-0.066 * max(tops), min(axis.get_ylim()[1], 1.1 * max(tops)))
     return figure, axes
 
 
@@ -1532,11 +1533,12 @@ def plot_denoisers(run, path):
     axes[levels[0]].set_ylabel("rms distance to the network's x0")
     for kind, text in inputs.items():
         medians = cells[kind][..., 0]
-        nearest = np.ma.masked_where(np.isinf(medians).all(0), medians.argmin(0))
+        first, second = np.sort(medians, 0)[:2]
+        nearest = np.ma.masked_where(~(first < 0.98 * second), medians.argmin(0))
         heat(axes[kind], nearest, [f"{step:,.0f}" for step in steps],
              [title for title, _, _ in LEVEL_PANELS.values()], [*REFERENCES.values()],
              origin="lower", vmin=0, vmax=len(names) - 1)
-        axes[kind].set_title(f"nearest reference on {text}")
+        axes[kind].set_title(f"nearest on {text} (grey: two within 2 %)")
     figure.supxlabel("training step", fontsize="medium")
     save_figure(figure, path, f"{words(run.name)}: which denoiser is the network?")
 
@@ -1711,7 +1713,8 @@ def plot_onset(factor, groups, path, runs):
 
     An arrow: the onset lies beyond. runs: all that are judged, for the scatter.
     """
-    numeric, note = all(map(has_log, groups)), "bars: 95 %, each run's own errors; side by side"
+    numeric = all(map(has_log, groups))
+    note = "definitions stand side by side; bars: 95 %, of each run alone"
     names = [name for name in TAUS if "level" not in name and any(
         math.isfinite(onsets(run)[name]) for group in groups.values() for run in group)]
     figure, axis = plt.subplots(figsize=(10.5, 4.8))
@@ -1725,7 +1728,7 @@ def plot_onset(factor, groups, path, runs):
                                                         [step * spread - step]]
                 axis.errorbar(x, step, error, **style, lolims=point.bound > 0,
                               uplims=point.bound < 0)
-                note += "; arrow: beyond that" * bool(point.bound and "arrow" not in note)
+                note += "; arrow: lies beyond" * bool(point.bound and "arrow" not in note)
         slope, text = exponent(groups, runs, onset(name)), textwrap.fill(TAUS[name], 28)
         if math.isfinite(slope.value):
             text, style["linestyle"] = f"{text}\nslope {interval_text(slope)}", "-"
@@ -1755,10 +1758,10 @@ def plot_switch(runs, path):
             second, t = map(float, run.options["setting_switch"].split("@"))
             for first in run.measured():
                 pairs.setdefault((first, second), {})[t] = run
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.9))
-    for axis, name in zip(axes, ("sw", "kid", "sharpness", "copy"), strict=True):
-        title, kind, columns = PANELS[name]
-        column = columns.split()[0 if name == "copy" else -1]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.9))
+    for axis, name in zip(axes, ("sw", "kid", "sharpness"), strict=True):
+        title, _, columns = PANELS[name]
+        column = columns.split()[-1]
         for (pair, by_time), color in zip(pairs.items(), palette(len(pairs)), strict=True):
             drawn = {t: (run, pair[0]) for t, run in by_time.items()}
             drawn |= {t: (run, step) for run in alone for t, step in enumerate(pair)}
@@ -1769,10 +1772,10 @@ def plot_switch(runs, path):
             axis.errorbar(times, [points[t] for t in times], [2 * (errors[t] or 0) for t in times],
                           fmt="o-", color=color, capsize=3,
                           label="first step {:,.0f}, then step {:,.0f}".format(*pair))
-        axis.set(title=title + " to held-out" * (name in ("sw", "kid")),
+        axis.set(title=title + " to held-out" * ("heldout" in column),
                  xlabel="t where the second takes over")
-        if kind == "share":
-            axis.set_ylim(-0.04, 1.04)
+        axis.set_xticks(np.linspace(0, 1, 5), ["0: first\nalone", "0.25", "0.5", "0.75",
+                                               "1: second\nalone"])
     save_figure(figure, path, f"{words((alone or runs)[0].name)}: two snapshots in turn")
 
 

@@ -164,15 +164,19 @@ def test_levels_show_the_floor_and_where_the_loss_turns(run, drawn):
 
 
 def test_the_map_of_denoisers_names_the_nearest(run, drawn):
+    for row in run.tables["denoisers"]:         # too near to the Gaussian to tell
+        if (row["inputs"], row["reference"], row["level"]) == ("heldout", "local", "3"):
+            row["median"] = "1.01"
     plot.plot_denoisers(run, None)
-    path, held = (titled(drawn[0][0], f"nearest reference on {name}").images[0].get_array()
+    title = "nearest on {} (grey: two within 2 %)"
+    path, held = (titled(drawn[0][0], title.format(name)).images[0].get_array()
                   for name in ("its own sampling path", "noised held-out images"))
     names = list(plot.REFERENCES)
     for level in LEVELS:
         for step in range(len(STEPS)):
             nearest = "memorizer" if level < step else "gaussian"
             assert names[path[level, step]] == nearest, (level, step)
-    assert (held == 0).all()
+    assert held.mask[3].all() and not np.delete(held.mask, 3, 0).any() and (held == 0).all()
 
 
 def with_hump(run):
@@ -481,13 +485,19 @@ def test_two_snapshots_in_turn_are_drawn_against_the_time_of_the_switch(tmp_path
         real(figure, path, title)
     monkeypatch.setattr(plot, "save_figure", keep)
     plot.main([str(tmp_path)])
-    for title, scale in (("copy ratio (d1/d2 < 1/3)", 1), ("sharpness (gradient energy)", 2)):
-        lines = sorted(seen[title])
-        ends = sorted((copies["64"], copies["4096"]))
-        assert all([x for x, _ in line] == [0, 0.25, 0.5, 1] for line in lines)
-        assert all([y for _, y in line[1:3]] == [0.25 * scale, 0.5 * scale] for line in lines)
-        if scale == 1:
-            assert [lines[0][k][1] for k in (0, -1)] == pytest.approx(ends)
-            assert [lines[1][k][1] for k in (-1, 0)] == pytest.approx(ends)
+    lines = sorted(seen["sharpness (gradient energy)"])
+    ends = sorted(0.02 + 0.01 * copies[step] for step in ("64", "4096"))
+    assert all([x for x, _ in line] == [0, 0.25, 0.5, 1] for line in lines)
+    assert all([y for _, y in line[1:3]] == [0.5, 1.0] for line in lines)
+    assert [lines[0][k][1] for k in (0, -1)] == pytest.approx(ends)
+    assert [lines[1][k][1] for k in (-1, 0)] == pytest.approx(ends)
     drawn = {file.name.split("_")[0] for file in tmp_path.rglob("*.png")}
     assert "switch" in drawn and "onset" not in drawn and "sweep" not in drawn
+
+
+def test_the_first_values_are_cut_off_but_no_hump(run):
+    run.metrics["kid_pixels_heldout"] = np.array([9.0, 2, 0.2, 0.1, 0.1, 0.9, 0.3])
+    figure, axes = plot.panels(run, [["kid"]], (3, 3))
+    low, high = axes["kid"].get_ylim()
+    assert 0.9 < high < 2 and low < 0
+    plot.plt.close(figure)
