@@ -1236,7 +1236,7 @@ PANELS = {
     "contrast": ("contrast", "linear", "contrast"),
     "range": ("values out of range", "linear", "out_of_range"),
     "agreement": ("agreement of twins", "share", "agreement null_agreement"),
-    "twins": ("distance, median rms", "log", "twin_rms nearest_train_rms twin_nearest_train_rms")}
+    "twins": ("distance, median rms", "linear", "twin_rms nearest_train_rms twin_nearest_train_rms")}
 LEVEL_PANELS = {f"level{k}": (f"t = {k / 10:.1f} to {k / 10 + 0.1:.1f}", "cut",
                               f"train_loss_level{k} heldout_loss_level{k} floor_level{k}")
                 for k in range(10)}
