@@ -269,6 +269,8 @@ def kid(x, y):
     With kernel (x.y / D + 1)^3. Binkowski, eq. 4; the error is the delete-one jackknife's. nan
     where a set has fewer than 2 vectors, the error where one has fewer than 3.
     """
+    if min(len(x), len(y)) < 2:
+        return math.nan, math.nan
     n, m, x, y = len(x), len(y), x.double(), y.double()
 
     def sums(a, b):                             # of the kernel matrix's rows, by blocks of rows
@@ -293,7 +295,10 @@ def precision_recall(samples, real, k=3):
         return math.nan, math.nan
 
     def inside(a, b):
-        radius = k_nearest(b, b, k + 1)[0][:, k]
+        # Where a vector is there more than k times its ball is the point alone: its square is 0 but
+        # for rounding, and must hold equal vectors all the same.
+        rounding = 1e-12 * float((b.double() - b.double().mean(0)).square().sum(1).max())
+        radius = k_nearest(b, b, k + 1)[0][:, k] + rounding
         covered = [(d <= radius).any(1) for d in squared_distances(a, b)]
         return float(torch.cat(covered).double().mean())
     return inside(samples, real), inside(real, samples)
@@ -461,12 +466,13 @@ def sharpness(c):
 
 def nearest_rms(c):
     """The median distance to the nearest training image, as the rms over numbers in [-1, 1]."""
-    return {"nearest_rms": float(c.distances.median()) / math.sqrt(c.pixels.shape[1])}
+    return {"nearest_rms": float(c.distances.quantile(0.5)) / math.sqrt(c.pixels.shape[1])}
 
 
 def non_negative(x, y, sweeps=300):
     """Weights w (n, k) >= 0 for which w @ y is nearest to x; x (n, D), y (n, k, D), float64.
-    Non-negative least squares by coordinate descent, on the Gram matrices (n, k, k)."""
+    Non-negative least squares by coordinate descent, on the Gram matrices (n, k, k); as good as
+    exact unless the y are nearly one and the same picture."""
     gram, b = y @ y.mT, (y @ x[:, :, None])[..., 0]
     w, scale = torch.zeros_like(b), gram.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
     for j in [*range(w.shape[1])] * sweeps:
@@ -483,13 +489,14 @@ def mixture(c, k=10):
     for x, i in zip(c.pixels.double().split(512), index.split(512), strict=True):
         y = search[i].double()                                          # (rows, k, D)
         left.append((x - (non_negative(x, y)[:, :, None] * y).sum(1)).square().mean(1).sqrt())
-    return {"mixture_residual": float(torch.cat(left).median())}
+    return {"mixture_residual": float(torch.cat(left).quantile(0.5))}
 
 
 def blurred(c):
     """What blur alone makes of AuthPct, of the distance to the nearest training image and of the
     mixture residual: theirs of as many held-out images under the Gaussian that leaves them as sharp
-    as the pictures; as they are, if the pictures are sharper."""
+    as the pictures; as they are, if the pictures are sharper; of a standard deviation of a quarter
+    of their size, if that leaves them sharper still."""
     x, sharp = to_float(c.subset.heldout[:c.count]), gradient_energy(c.images)
     place = torch.arange(x.shape[2], device=x.device)
     low, high = 0.05, x.shape[2] / 4                    # its standard deviation, in pixels
@@ -929,7 +936,7 @@ def twin_row(c, twin, shift=1):
     row = share_columns("agreement", agree(0))
     return {"samples": n, "agreement": row.pop("agreement_ratio"), **row,
             "null_agreement": float(agree(shift).double().mean()) if shift < n else math.nan,
-            "twin_rms": float((x - y).norm(dim=1).median() / x.shape[1] ** 0.5),
+            "twin_rms": float((x - y).norm(dim=1).quantile(0.5) / x.shape[1] ** 0.5),
             "nearest_train_rms": nearest_rms(c)["nearest_rms"],
             "twin_nearest_train_rms": nearest_rms(twin)["nearest_rms"],
             "copy_ratio": copying(c)["copy_ratio"]}
@@ -1429,6 +1436,7 @@ def sweep_speed(run):
 def time_steps(words, device):
     """sweep_speed of a few steps with these words for train.py, which leave nothing behind."""
     few = ["--steps", "16", "--first-eval", "2", "--evals-per-doubling", "1", "--eval-images", "10"]
+    torch.compiler.reset()          # of many networks in one process it compiles eight, no more
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
         train.main([*words[:words.index("--images")], *few, "--out", out, "--device", device])
         return sweep_speed(Path(out))

@@ -687,7 +687,7 @@ def step_variance(run, steps, values, step, error):
     gap, rise = math.log(steps[k] / steps[k - 1]), values[k] - values[k - 1]
     samples, sampling = sample_count(run) if run else 0, 0.0
     if samples and rise > 0:                    # binomial, by the curve's slope in log step
-        part = float(np.interp(step, steps, values))
+        part = float(np.interp(math.log(step), np.log(steps), values))
         sampling = max(part * (1 - part) / samples * (gap / rise)**2, 0.0)
     return (error * gap)**2 + sampling
 
@@ -713,7 +713,10 @@ def onset(name):
         if math.isnan(step):
             return None
         if math.isinf(step) or step <= steps[0]:
-            return Point(math.log(min(step, steps[-1])), 0.0, 1 if step > steps[0] else -1)
+            late, near = math.isinf(step), 2 if level is None else 1
+            # A curve that is lowest at its end may turn up to half a gap before it.
+            ends = steps[-near:] if late else steps[:near]
+            return Point(float(np.log(ends).mean()), 0.0, 1 if late else -1)
         error = LOWEST_ERROR if level is None else CROSSING_ERROR
         counted = run if name in COPY_LEVELS else None      # whose samples were counted
         variance = step_variance(counted, steps, values, step, error)
@@ -825,8 +828,12 @@ def exponent(groups, runs, statistic, times=False):
         return Result("fewer than three values reached it")
     fits = [fit_line(x[use], y[use], variance[use] + between, bound[use])
             for use in (bound == 0, np.isfinite(bound))]
-    # Where the points leave the line, it is no power law, and its slope is known less well.
-    half, total = t95(dof) * fits[0][3], sum(map(len, groups.values()))
+    # Where the points leave the line, it is no power law, and its slope is known less well: by how
+    # much, these few points say.
+    misfit, total = fits[0][3], sum(map(len, groups.values()))
+    if misfit > 1:
+        dof = max(1, min(dof, (bound == 0).sum() - 2))
+    half = t95(dof) * misfit
     text = f"{len({*x})} values, {total} runs"
     for count, what in (((bound > 0).sum(), "not reached"), ((bound < 0).sum(), "upper bounds"),
                         (total - len(x), "not measured")):
@@ -857,8 +864,24 @@ def rate_exponent(groups, runs):
     return result._replace(text=f"{span}; {result.text}")
 
 
+def largest_gap(variances, dof):
+    """The 95 % quantile of the largest |difference| between any two means, over its error, where
+    all are equal (Tukey's range, of unequal variances): of 4,000 draws. `dof`: of the variance.
+    """
+    draw = np.random.default_rng(0)
+    means = draw.standard_normal((4000, len(variances))) * np.sqrt(variances)
+    means /= np.sqrt(draw.chisquare(dof, (4000, 1)) / dof)
+    gaps = [np.abs(means[:, i] - means[:, j]) / math.sqrt(variances[i] + variances[j])
+            for i, j in itertools.combinations(range(len(variances)), 2)]
+    return float(np.quantile(np.max(gaps, 0), 0.95))
+
+
 def rate_spread(groups, runs):
-    """Claim 5b: the largest factor between the rates at two values; every pair's error counts."""
+    """Claim 5b: the largest factor between the rates at two values.
+
+    Its interval: up to the largest that any pair could have, from the largest that is left of a
+    pair's difference where the pair was picked from so many.
+    """
     statistic, span = common_rate(groups)
     between, dof, borrowed = scatter(runs, statistic)
     rates = []                                  # (mean, its variance) of each value of the factor
@@ -869,10 +892,11 @@ def rate_spread(groups, runs):
             rates.append((np.mean(values), (between + np.mean(variances)) / len(points)))
     if len(rates) < 3 or not dof:
         return Result("fewer than three values reached copy ratio .1")
-    gaps = [(abs(a - b), t95(dof) * math.sqrt(a_variance + b_variance))
+    gaps = [(abs(a - b), math.sqrt(a_variance + b_variance))
             for (a, a_variance), (b, b_variance) in itertools.combinations(rates, 2)]
-    largest = [math.exp(max(0.0, *(gap + sign * half for gap, half in gaps)))
-               for sign in (0, -1, 1)]
+    low = -largest_gap([variance for _, variance in rates], dof)
+    largest = [math.exp(max(0.0, *(gap + factor * error for gap, error in gaps)))
+               for factor in (0, low, t95(dof))]
     listed = ", ".join(f"{math.exp(mean):.3f}" for mean, _ in rates)
     return Result(f"{listed} per doubling, {span}; scatter {math.sqrt(between):.2g}", *largest,
                   borrowed)
@@ -1236,7 +1260,8 @@ PANELS = {
     "contrast": ("contrast", "linear", "contrast"),
     "range": ("values out of range", "linear", "out_of_range"),
     "agreement": ("agreement of twins", "share", "agreement null_agreement"),
-    "twins": ("distance, median rms", "linear", "twin_rms nearest_train_rms twin_nearest_train_rms")}
+    "twins": ("distance, median rms", "linear",
+              "twin_rms nearest_train_rms twin_nearest_train_rms")}
 LEVEL_PANELS = {f"level{k}": (f"t = {k / 10:.1f} to {k / 10 + 0.1:.1f}", "cut",
                               f"train_loss_level{k} heldout_loss_level{k} floor_level{k}")
                 for k in range(10)}

@@ -131,17 +131,18 @@ def exact_denoiser(xt, a, s, images):
     """The posterior mean E[x0 | xt] when x0 is one of `images`, each as likely.
 
     xt (B, C, H, W), images (N, C, H, W), both float, in [-1, 1] for pictures; a, s: numbers or
-    (B,), xt = a x0 + s eps. Returns (B, C, H, W). Memory: another copy of the images, 3 B x N
-    floats.
+    (B,), xt = a x0 + s eps. Returns (B, C, H, W) of xt's type. In float64: at little noise images
+    that differ in one number only must be told apart. Memory: another copy of the images, 3 B x N
+    numbers.
     """
-    x, y = xt.flatten(1), images.flatten(1)
+    x, y = xt.flatten(1).double(), images.flatten(1).double()
     a, s = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, 1) for v in (a, s))
     # p(x0 = y_i | xt) ~ exp(-|xt - a y_i|^2 / 2 s^2); |xt|^2 is the same for all i and falls out of
     # the softmax. Measured from the mean image, the numbers are smaller and lose fewer bits.
     center = y.mean(0)
     x, y = x - a * center, y - center
     logits = (x @ y.T - 0.5 * a * y.square().sum(1)) * (a / s.clamp(min=1e-12) ** 2)
-    return (logits.softmax(dim=1) @ y + center).reshape(xt.shape)
+    return (logits.softmax(dim=1) @ y + center).reshape(xt.shape).to(xt.dtype)
 
 
 def as_network(make, process, images, labels=None, least=1):

@@ -130,6 +130,12 @@ command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"
 [[ $KEEP =~ ^(all|last|none)$ ]] || die "KEEP=$KEEP: must be all, last or none"
 read -r -d '' -a slots <<<"$GPUS" || true
 ((${#slots[@]})) || die "GPUS: names no device"
+if [[ -n $given && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then      # others may not be ours
+  for slot in "${slots[@]}"; do
+    [[ $slot == cpu || ,$CUDA_VISIBLE_DEVICES, == *,"$slot",* ]] ||
+      die "GPUS=$GPUS: $slot is not among CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"
+  done
+fi
 threads=$((cores / ${#slots[@]}))
 if ((threads < 1)); then threads=1; fi
 

@@ -1308,9 +1308,14 @@ def wrap(net, args, device, world):
 def setup_cuda():
     """The same bits every time on one machine, and TF32 for what autocast leaves in float32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Not warn_only: attention's backward pass is the deterministic one only if this is strict. And
-    # torch.compile then chooses nothing by timing that would change a sum after a restart.
+    # Not warn_only: attention's backward pass is the deterministic one only if this is strict.
     torch.use_deterministic_algorithms(True)
+    # torch.compile shall choose nothing by timing that changes a sum after a restart. Both settings
+    # are its own: `deterministic` is not there in torch before 2.9, the other one may go.
+    from torch._inductor import config
+    for name, value in (("deterministic", True), ("dynamic_scale_rblock", False)):
+        if hasattr(config, name):
+            setattr(config, name, value)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
@@ -1338,8 +1343,9 @@ def out_of_memory(error):
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "CPU"
     full = isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in str(error)
-                                             or "STATUS_ALLOC_FAILED" in str(error)))
+        isinstance(error, RuntimeError) and any(
+            text in str(error) for text in ("out of memory", "STATUS_ALLOC_FAILED",
+                                            "unable to find an engine")))     # of cuDNN
     return "GPU" if full else ""
 
 
@@ -1404,6 +1410,9 @@ def command_line(main):
                            "--batch-size (sample.py), network or --n needs less")
             elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 message = f"error: torch.compile failed ({reason}); --compile off does without it"
+            elif any(t in reason for t in ("no kernel image", "NVIDIA driver", "CUDA driver")):
+                message = (f"error: this build of torch does not serve this GPU or its driver "
+                           f"({reason}); install another, or --device cpu")
             else:
                 raise
         except KeyboardInterrupt:

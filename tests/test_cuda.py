@@ -1,5 +1,6 @@
 """What is particular to a GPU or to torch.compile; most tests here need a CUDA device."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from conftest import ROOT, TINY
 from test_train import columns, same_state
 from torch import nn
 
+import measure
 import sample
 import train
 from train import PROCESSES, UNet
@@ -35,6 +37,7 @@ def settings_put_back():
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
     torch.compiler.reset()
 
 
@@ -134,6 +137,7 @@ def test_a_step_does_not_wait_for_the_device(tmp_path):
 
 
 @cuda
+@measure.exact_float32()
 def test_float32_on_the_gpu_agrees_with_the_cpu():
     process, found = PROCESSES["flow"], []
     x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -154,7 +158,6 @@ def test_float32_on_the_gpu_agrees_with_the_cpu():
 
 @cuda
 def test_distances_and_metrics_equal_the_cpus():
-    import measure
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(300, 48, generator=g), torch.rand(300, 48, generator=g)
     y[:30] = x[:30] + 1e-4
@@ -202,6 +205,7 @@ def test_out_of_gpu_memory_is_one_line_that_names_the_flag(tmp_path, refused):
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
     MemoryError()])
 def test_out_of_memory_is_one_line_and_no_damaged_file(tmp_path, monkeypatch, refused, sampled_run,
@@ -217,6 +221,33 @@ def test_out_of_memory_is_one_line_and_no_damaged_file(tmp_path, monkeypatch, re
     assert (run / "last.pt").read_bytes() == before
     monkeypatch.setattr(sample, "sample", fail)
     refused(sample.main, [run, "--num", "4"], "memory", "--batch-size", code=1)
+
+
+@pytest.mark.parametrize("text", [
+    "CUDA error: no kernel image is available for execution on the device",
+    "The NVIDIA driver on your system is too old (found version 12010). Please update your driver"])
+def test_a_card_that_torch_does_not_serve_is_one_line(tmp_path, monkeypatch, refused, text):
+    def fail(*args, **kwargs):
+        raise RuntimeError(text)
+    monkeypatch.setattr(train, "set_up", fail)
+    refused(train.main, [*TINY, "--steps", "4", "--out", tmp_path / "r"], "does not serve",
+            "--device cpu", code=1)
+
+
+def test_what_compiles_chooses_nothing_by_timing():
+    from torch._inductor import config
+    with config.patch(deterministic=False, dynamic_scale_rblock=True):
+        train.setup_cuda()
+        assert config.deterministic and not config.dynamic_scale_rblock
+
+
+def test_many_networks_are_timed_in_one_process(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)         # instead of 8
+    for embed in ("8", "16", "24"):
+        found = measure.time_steps([*TINY, "--compile", "on", "--embed", embed, "--images", "64"],
+                                   "cpu")
+        assert found[0] > 0
 
 
 def test_a_fault_of_the_device_is_not_the_disks(tmp_path):

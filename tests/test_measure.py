@@ -304,6 +304,22 @@ def test_kid_equals_torch_fidelity_and_its_error_the_spread():
     assert error == pytest.approx(np.std(draws), rel=0.3)
 
 
+def test_kid_and_its_error_of_few_vectors():
+    x = gaussian(5, 4)
+    for a, b in ((x[:1], x), (x, x[:1])):
+        assert all(map(math.isnan, measure.kid(a, b)))
+    value, error = measure.kid(x[:2], x)
+    assert math.isfinite(value) and math.isnan(error)
+
+
+def test_a_vector_that_is_there_often_covers_itself():
+    for n in (10, 25, 50):
+        real = torch.rand(n, 64, generator=G)
+        drawn = real[torch.randint(n, (12 * n,), generator=G)]
+        recall = torch.isin(torch.arange(n), torch.cdist(drawn, real).argmin(1)).float().mean()
+        assert measure.precision_recall(drawn, real[torch.arange(12 * n) % n]) == (1, recall)
+
+
 def test_precision_and_recall_equal_torch_fidelity():
     from torch_fidelity.metric_prc import prc_features_to_metric
     real, fake = gaussian(300, 5), gaussian(250, 5, 0.7) * 0.7

@@ -55,6 +55,19 @@ def test_exact_denoiser_at_no_noise_is_the_nearest_image_and_finite():
     torch.testing.assert_close(found, images)
 
 
+def test_exact_denoiser_tells_images_apart_that_differ_in_one_number():
+    images = pictures(1, 1).repeat(2, 1, 1, 1)
+    images[1, 0, 0, 0] += 2 / 255
+    for t in (0.003, 0.001):
+        xt = (1 - t) * images + t * pictures(2, 3)
+        a, b = xt[:, 0, 0, 0].double(), (1 - t) * images[:, 0, 0, 0].double()
+        odds = ((a - b[0])**2 - (a - b[1])**2) / (2 * t * t)
+        want = images[0, 0, 0, 0] + 2 / 255 * torch.sigmoid(odds)
+        found = sample.exact_denoiser(xt, 1 - t, t, images)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found[:, 0, 0, 0], want.float(), rtol=0, atol=1e-6)
+
+
 def test_memorizer_keeps_to_the_class():
     images, labels = pictures(4), torch.tensor([0, 1, 0, 1])
     want = torch.tensor([1, 1, 0])

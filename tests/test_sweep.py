@@ -183,6 +183,12 @@ def test_devices(fake, tmp_path, monkeypatch):
     assert "--device cuda 3 " in log(CUDA_VISIBLE_DEVICES="3")
     (tools / "nvidia-smi").write_text("#!/bin/sh\necho 7\n")
     assert "--device cuda 7 " in log(PATH=path)
+    text = sweep(tmp_path / "runs", "custom", script=fake, code=2, N="4", GPUS="0 3 cpu",
+                 CUDA_VISIBLE_DEVICES="3,5")
+    assert "0 is not among CUDA_VISIBLE_DEVICES=3,5" in text
+    text = sweep(tmp_path / "runs", "custom", script=fake, N="4", GPUS="5 3 cpu",
+                 CUDA_VISIBLE_DEVICES="3,5")
+    assert "done   N4" in text
 
 
 def test_out_is_in_the_callers_folder(fake, tmp_path):

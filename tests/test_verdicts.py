@@ -234,7 +234,10 @@ def test_what_is_not_reached_is_a_bound():
     assert row["tau_heldout_25"] == row["tau_copy_10"] == f">{STEPS[-1]:.0f}"
     assert row["best_sw_heldout"].startswith("<") and row["best_sw_step"] == str(int(STEPS[-1]))
     assert row["rate_to_copy_10"] == "" and plot.onset("copy_10")(run_of(1e8)).bound == 1
-    assert plot.summarize(run_of(1.0))["tau_heldout_min"] == "<16"
+    # what is lowest at an end may turn half a gap before it, or after it
+    ends = STEPS[[0, -1]] * 2 ** np.array([0.25, -0.25])
+    assert plot.summarize(run_of(1.0))["tau_heldout_min"] == f"<{ends[0]:.0f}"
+    assert plot.summarize(run_of(1e8))["tau_heldout_min"] == f">{ends[1]:.0f}"
 
 
 def test_an_onset_is_known_better_with_more_samples_and_evaluations():
@@ -285,6 +288,44 @@ def test_points_off_their_line_widen_its_interval():
         chi2 = 4 * bend**2 / 0.01 / 3           # three degrees of freedom
         assert slope == pytest.approx(1) and error == pytest.approx(0.1 / 10**0.5)
         assert misfit == pytest.approx(max(1, chi2**0.5))
+
+
+def test_what_widens_an_interval_is_known_from_few_points():
+    def half(bend):                             # in units of the error of a line that fits
+        runs = [run_of(300 * v * math.exp(bend * (-1)**k), {"n": v})
+                for k, v in enumerate((1, 2, 4))]
+        repeats = [run_of(100 * v * factor, {"n": 8 * v, "seed": seed}) for v in range(1, 10)
+                   for seed, factor in enumerate((0.95, 1.05))]
+        points = {run.options["n"]: [run] for run in runs}
+        between = plot.scatter(runs + repeats, plot.onset("heldout_25"))
+        assert between[1] == 9 and between[0] == pytest.approx(0.1**2 / 2, rel=0.2)
+        found = plot.exponent(points, runs + repeats, plot.onset("heldout_25"))
+        error = (between[0] + plot.onset("heldout_25")(runs[0]).variance)**0.5 / (
+            2**0.5 * math.log(2))
+        return (found.high - found.value) / error
+    assert half(0) == pytest.approx(plot.t95(9), rel=0.05)      # the scatter's nine
+    assert half(0.1) > 2 * plot.t95(1)                          # three points less two
+
+
+def test_the_largest_of_many_gaps():
+    # of two means it is Student's t; of many it is Tukey's range over sqrt(2), here 3.31 and 4.47
+    assert plot.largest_gap([1.0, 1.0], 10) == pytest.approx(plot.t95(10), rel=0.06)
+    for count, wide in ((3, 3.31), (10, 4.47)):
+        assert plot.largest_gap([0.01] * count, 10**6) == pytest.approx(wide / 2**0.5, rel=0.04)
+
+
+def test_equal_rates_seldom_differ():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(40):
+        values = rng.standard_normal(6) * 0.1
+        points = dict(zip("abcdef", values, strict=True))
+        def statistic(run, points=points):
+            return plot.Point(points[run], 0.0, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plot, "common_rate", lambda groups, s=statistic: (s, ""))
+            patch.setattr(plot, "scatter", lambda *_: (0.01 * rng.chisquare(10) / 10, 10, False))
+            hits += plot.rate_spread({name: [name] for name in points}, None).low > 1
+    assert hits <= 5                            # of a pair at a time it would be twelve
 
 
 def test_a_gain_within_its_error_is_no_gain():
