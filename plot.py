@@ -1387,7 +1387,8 @@ def panels(run, rows, size):
         if scale == "cut" and curves:
             tops = [values[np.argmax(values <= 2 * np.median(values)):].max()
                     for values in curves]               # only what comes before is cut off
-            axis.set_ylim(-0.066 * max(tops), min(axis.get_ylim()[1], 1.1 * max(tops)))
+            lowest = min(-0.066 * max(tops), *(1.1 * values.min() for values in curves))
+            axis.set_ylim(lowest, min(axis.get_ylim()[1], 1.1 * max(tops)))
     return figure, axes
 
 
