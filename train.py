@@ -1311,7 +1311,7 @@ def setup_cuda():
     # Not warn_only: attention's backward pass is the deterministic one only if this is strict.
     torch.use_deterministic_algorithms(True)
     # torch.compile shall choose nothing by timing that changes a sum after a restart. Both settings
-    # are its own: `deterministic` is not there in torch before 2.9, the other one may go.
+    # are its own: `deterministic` is not there in older versions, the other one may go.
     from torch._inductor import config
     for name, value in (("deterministic", True), ("dynamic_scale_rblock", False)):
         if hasattr(config, name):

@@ -243,11 +243,10 @@ def test_what_compiles_chooses_nothing_by_timing():
 
 def test_many_networks_are_timed_in_one_process(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)         # instead of 8
-    for embed in ("8", "16", "24"):
-        found = measure.time_steps([*TINY, "--compile", "on", "--embed", embed, "--images", "64"],
-                                   "cpu")
-        assert found[0] > 0
+    with torch._dynamo.config.patch(recompile_limit=2):         # instead of 8
+        for embed in ("8", "16", "24"):
+            words = [*TINY, "--compile", "on", "--embed", embed, "--images", "64"]
+            assert measure.time_steps(words, "cpu")[0] > 0
 
 
 def test_a_fault_of_the_device_is_not_the_disks(tmp_path):
