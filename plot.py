@@ -527,11 +527,15 @@ def lowest(steps, values):
     return float(np.exp(x[1] - b / (2 * a))) if a > 0 else float(steps[k])
 
 
+def null_copies(run):
+    """The median null of a run's copy ratio, 0 where it has none."""
+    return float(np.median([*run.column("null_copy_ratio")[1]] or [0]))
+
+
 def excess(run):
     """(steps, copy ratio above its null) of a run: shares of its samples."""
     steps, copies = run.column("copy_ratio")
-    _, null = run.column("null_copy_ratio")
-    return steps, copies - (float(np.median(null)) if len(null) else 0)
+    return steps, copies - null_copies(run)
 
 
 def nearest_denoiser(run):
@@ -681,13 +685,13 @@ def step_variance(run, steps, values, step, error):
     """The variance of the logarithm of a step at which a curve turns or crosses a level.
 
     Of two parts: the gap between evaluations; where run is given, whose values are then shares of
-    its samples, the number of samples.
+    its samples above the null (see excess), the number of samples.
     """
     k = int(np.clip(np.searchsorted(steps, step), 1, len(steps) - 1))
     gap, rise = math.log(steps[k] / steps[k - 1]), values[k] - values[k - 1]
     samples, sampling = sample_count(run) if run else 0, 0.0
     if samples and rise > 0:                    # binomial, by the curve's slope in log step
-        part = float(np.interp(math.log(step), np.log(steps), values))
+        part = float(np.interp(math.log(step), np.log(steps), values)) + null_copies(run)
         sampling = max(part * (1 - part) / samples * (gap / rise)**2, 0.0)
     return (error * gap)**2 + sampling
 

@@ -272,6 +272,15 @@ def test_everything_is_drawn(tmp_path):
     assert [name for name in names if name.startswith(".")] == [".drawn"]
 
 
+def test_one_run_is_told_in_a_few_lines(run):
+    text = plot.run_text(run)
+    row = plot.summarize(run)
+    assert f"copy ratio .1: step {row['tau_copy_10']} [{row['tau_copy_10_low']}, " in text
+    assert "agreement with other at the end: 0.5; of pairs from different noise: 0.2" in text
+    assert "planted copies that are found: exact 1, mirrored 0.25" in text
+    assert "level" not in text
+
+
 def test_a_sweep_that_is_not_measured_yet_is_drawn(tmp_path):
     for run in (made_up(tmp_path, n=n) for n in (16, 32)):
         for path in run.rglob("*.*"):

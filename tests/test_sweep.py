@@ -653,6 +653,7 @@ def test_a_real_slurm_runs_a_row_of_the_grid(slurm, fake, tmp_path):
     assert (tmp_path / "runs/N6/done").exists() and not (tmp_path / "runs/N4").exists()
 
 
-def test_the_class_compares_twins(tmp_path):
-    text = sweep(tmp_path, "class", "5", N="64", IMAGES="12")
-    assert "agreement with N64_w8_B4_lr1e-3_s0_offset64" in text and "2 runs in" in text
+def test_twins_of_the_class_have_the_names_that_it_looks_for(tmp_path):
+    names = sweep(tmp_path, "class", "5", "--list", N="64", SEEDS="0 1").split()
+    one, other = "N64_w8_B4_lr1e-3_s0", "N64_w8_B4_lr1e-3_s1"
+    assert sorted(names) == [one, f"{one}_offset64", other, f"{other}_offset64"]

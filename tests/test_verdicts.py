@@ -250,6 +250,13 @@ def test_an_onset_is_known_better_with_more_samples_and_evaluations():
     assert expected < variances[0] - variances[1] < 2 * expected
     assert plot.onset("heldout_25")(few).variance == pytest.approx(
         (0.07 * math.log(2) / 2) ** 2, rel=0.01)
+    # above a null of .05 it is .15 of the samples that are counted
+    gap = variances[0] - 16 * (variances[0] - variances[1]) / 15
+    few.metrics["copy_ratio"] = few.metrics["copy_ratio"] + 0.05
+    few.metrics["null_copy_ratio"] = few.metrics["null_copy_ratio"] + 0.05
+    plot.onsets.cache_clear()
+    assert plot.onset("copy_10")(few).variance - gap == pytest.approx(
+        (variances[0] - gap) * 0.15 * 0.85 / 0.09)
 
 
 def test_a_line_with_bounds():
