@@ -314,7 +314,7 @@ class Space(NamedTuple):
     """
     name: str
     extract: Callable
-    key: str = "pixels"
+    key: str
 
     def of_real(self, images):
         """extract, through the cache where a network is asked."""
@@ -328,7 +328,7 @@ def pixel_features(images):
     return to_float(images).permute(0, 2, 3, 1).flatten(1)
 
 
-PIXELS = Space("pixels", pixel_features)
+PIXELS = Space("pixels", pixel_features, "pixels")
 
 
 class Subset:
@@ -597,7 +597,12 @@ def measure_controls(run, subset, exact):
         if (all(str(value) == before.get(key) for key, value in row.items()) and codes_of(before)
                 and all(code.get(metric, was) == was for metric, was in codes_of(before).items())):
             row |= before
-        for columns in results[name].values():
+        for metric, columns in results[name].items():
+            others = [other for other, own in results[name].items()
+                      if other is not metric and columns.keys() & own.keys()]
+            if others:
+                raise InputError(f"METRICS: {metric.__name__} and {others[0].__name__} return "
+                                 "columns of the same name")
             row |= columns
         rows.append(row | {"code": " ".join(map(":".join, code.items()))})
         write_neighbours(run / f"neighbours/{name}.npz", c)
@@ -646,9 +651,13 @@ def measure(args, record, device):
         write_csv(run / "planted.csv", planted_rows(subset))
         print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
     for path in sorted(run.glob("twin_*.csv")):
-        if made_by_others(path, twin_row):
-            print(f"{path}: is of other code than today's; measure.py {run} --twin RUN2 makes it "
-                  "anew", file=sys.stderr, flush=True)
+        other = False
+        with contextlib.suppress(InputError):           # the twin is elsewhere, or gone
+            now = train.identity(train.read_run(run.parent / path.stem.removeprefix("twin_")))
+            other = any(row.get("twin", now) != now for row in train.read_csv(path))
+        if other or made_by_others(path, twin_row):
+            print(f"{path}: is of {'another run' if other else 'other code'} than today's; "
+                  f"measure.py {run} --twin RUN2 makes it anew", file=sys.stderr, flush=True)
 
 
 def made_by_others(path, function):
@@ -876,7 +885,7 @@ def measure_denoisers(args, record, device):
         weights = hashlib.sha256((run / f"snapshots/{step:07d}.pt").read_bytes()).hexdigest()
         made_of = digest_of(weights, train.identity(record), args.patch, FILES)[:8]
         rows = table.get(("", step), [])            # per input, reference and level
-        if [row.get("made_of") for row in rows] != [made_of] * (3 * 4 * LEVELS):
+        if {row.get("made_of") for row in rows} != {made_of}:
             todo[step] = made_of
     if not todo:
         return
@@ -968,7 +977,8 @@ def measure_twin(args, record, device):
             raise InputError(f"--twin {args.twin}: its samples of step {step} have other settings "
                              "or classes")
         contexts = Context(samples.images[:n], subset), Context(twins.images[:n], twin_subset)
-        rows.append({"step": step, **twin_row(*contexts, shift), "made_of": code_of(twin_row)})
+        rows.append({"step": step, **twin_row(*contexts, shift), "made_of": code_of(twin_row),
+                     "twin": train.identity(runs[1][1])})
     path = args.run / f"twin_{args.twin.name}.csv"
     write_csv(path, rows)
     print(f"{path}: {len(rows)} steps; at the last, agreement {rows[-1]['agreement']:.3f}, of "
@@ -1030,9 +1040,13 @@ def code_of(function):
         known = vars(sys.modules[thing.__module__])
         for name in sorted(names_in(sources[-1]) & known.keys()):
             value = known[name]
-            if inspect.isroutine(value) or inspect.isclass(value):
-                own = value.__module__ == __name__ or is_own(sys.modules.get(value.__module__))
-                things += [value] * (own and value not in [*things, cached, digest_of])
+            inside = [*value.values()] if isinstance(value, dict) else [value]
+            if inside and all(inspect.isroutine(v) or inspect.isclass(v) for v in inside):
+                if isinstance(value, dict):
+                    sources.append([(k, getattr(v, "__qualname__", "")) for k, v in value.items()])
+                for v in inside:
+                    own = v.__module__ == __name__ or is_own(sys.modules.get(v.__module__))
+                    things += [v] * (own and v not in [*things, cached, digest_of])
             elif is_own(value):
                 sources.append(source_of(value))
             elif isinstance(value, (int, float, str, tuple, list, dict, np.generic,
@@ -1336,9 +1350,14 @@ def drawn_of(run, record, settings, name, shots):
 
 
 @functools.cache
-def subset_today(data, n, size, offset):
-    """The hash of the training subset that a file holds today."""
-    return train.hash_of(*train.load_data(data, n, size, offset)[:2])
+def hashes_today(data, n, size, offset):
+    """The hashes of the training images that `data` gives today and of the held-out ones: all, and
+    those of the classes trained on."""
+    loaded = train.load_data(data, n, size, offset)
+    known = ""
+    with contextlib.suppress(InputError):
+        known = train.hash_of(*train.of_known_classes(loaded)[2:])
+    return train.hash_of(*loaded[:2]), train.hash_of(*loaded[2:]), known
 
 
 def values_today(options, image_shape, classes):
@@ -1353,8 +1372,12 @@ def record_today(record, options):
     found = {"options": vars(options)}
     if "network_values" in record:
         found |= cached(values_today, record["options"], record["image_shape"], record["classes"])
-    if Path(options.data).is_file():
-        found["subset_sha256"] = subset_today(options.data, options.n, options.size, options.offset)
+    if options.data in ("toy", "digits") or Path(options.data).is_file():
+        subset, *heldout = hashes_today(options.data, options.n, options.size, options.offset)
+        then = record.get("heldout_sha256")
+        old = options.conditional and then in heldout       # older runs held out all classes
+        found |= {"subset_sha256": subset,
+                  "heldout_sha256": then if old else heldout[options.conditional]}
     return found
 
 

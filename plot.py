@@ -48,7 +48,7 @@ import numpy as np
 from PIL import Image
 
 STUDY = Path(__file__).parent / "assets/paper_curves.csv"   # digitised from the study's figures
-# Options that may change without making another run; args.json ("free") may name more.
+# Options that may change without making another run, where args.json ("free") names none.
 FREE = {"out", "steps", "images", "device", "compile", "save_minutes"}
 # A sample is a copy where d1/d2 is lower than the first; by the ends of columns, as in measure.py.
 THRESHOLDS = {"": "1/3", "_quarter": "1/4", "_half": "1/2"}
@@ -240,7 +240,7 @@ def read_folder(path):
     try:
         options, defaults = ({k: value_of(v) for k, v in record.get(entry, {}).items()}
                               for entry in ("options", "defaults"))
-        more = {"path": path, "defaults": defaults, "free": FREE.union(record.get("free", ())),
+        more = {"path": path, "defaults": defaults, "free": frozenset(record.get("free", FREE)),
                 "parameters": number(record.get("parameters")),
                 "images": record.get("subset_sha256", "")}
     except (ValueError, TypeError, AttributeError):
@@ -990,10 +990,11 @@ def gains_before(runs):
 
 
 Claim = collections.namedtuple("Claim", "number text statistic where region factor test")
-TAU, BEST = "slope of log tau_mem (held-out loss 25 % up) against ", "slope of log best SW against "
+ONSET_BY = "heldout_25"         # of TAUS, what the claims call the onset
+TAU, BEST = f"slope of log tau_mem ({TAUS[ONSET_BY]}) against ", "slope of log best SW against "
 UP, DOWN = ("above 0", (0.0, math.inf)), ("below 0", (-math.inf, 0.0))
 OFTEN = "in more than half of the runs", (0.5, math.inf)
-ONSET, BY_BEST = (functools.partial(exponent, statistic=s) for s in (onset("heldout_25"), best))
+ONSET, BY_BEST = (functools.partial(exponent, statistic=s) for s in (onset(ONSET_BY), best))
 # A claim, the statistic that decides it, the region where it holds, in words and in numbers, the
 # factor whose sweep it needs, and the function that gives the Result.
 CLAIMS = [Claim(*row) for row in (
@@ -1254,7 +1255,7 @@ PANELS = {
     "fid_replaced": ("FID, samples and replaced", "log", "fid_SPACE_heldout fid_SPACE_replaced"),
     **{f"copy{end}": (f"copies, d1/d2 < {below}", "share", f"copy_ratio{end} null_copy_ratio{end}")
        for end, below in THRESHOLDS.items() if end},
-    "sscd": ("copies, SSCD > .6", "share", "sscd_ratio null_sscd_ratio"),
+    "sscd": ("copies by SSCD", "share", "sscd_ratio null_sscd_ratio"),
     "auth": ("authentic share (AuthPct)", "share", "auth_share null_auth_share blurred_auth_share"),
     "nearest": ("rms to nearest training image", "linear", "nearest_rms blurred_nearest_rms"),
     "mixture": ("residual as a mixture of ten", "linear",
@@ -1496,7 +1497,7 @@ def plot_planted(run, path):
     rows = run.tables["planted"]
     names = {f"copy_ratio{end}": f"d1/d2 < {below}" for end, below in sorted(
         THRESHOLDS.items(), key=lambda item: Fraction(item[1]))}
-    names |= {"not_authentic": "not authentic", "sscd_ratio": "SSCD > .6"}
+    names |= {"not_authentic": "not authentic", "sscd_ratio": "copies by SSCD"}
     names = {column: label for column, label in names.items() if column in rows[0]}
     cells = np.array([[number(row[column]) for column in names] for row in rows])
     figure, axis = plt.subplots(figsize=(1.5 * len(names) + 2, 0.4 * len(rows) + 1.2))
@@ -1542,20 +1543,23 @@ def plot_copier(run, path):
 
 def plot_denoisers(run, path):
     """How far the network's x0 is from each reference, and which is nearest: where and when."""
-    rows, names, levels = run.tables["denoisers"], list(REFERENCES), (1, 3, 5, 8)
+    rows, levels = run.tables["denoisers"], (1, 3, 5, 8)
+    others = {row["reference"]: None for row in rows if row["reference"] not in REFERENCES}
+    colors = REFERENCES | dict(zip(others, palette(len(others)), strict=True))
+    names = list(colors)
     inputs = {"path": "its own sampling path", "heldout": "noised held-out images"}
     steps = sorted({number(row["step"]) for row in rows})
     # of each kind of inputs: (reference, level, step, median and the ends of its interval)
     cells = {kind: np.full((len(names), 10, len(steps), 3), math.inf) for kind in inputs}
     for row in rows:
-        if row["inputs"] in inputs:             # REFERENCES needs the colour of a new one
+        if row["inputs"] in inputs:
             place = (names.index(row["reference"]), int(number(row["level"])),
                      steps.index(number(row["step"])))
             cells[row["inputs"]][place] = [number(row[c]) for c in ("median", "low", "high")]
     figure, axes = plt.subplot_mosaic([[*levels], ["path", "path", "heldout", "heldout"]],
                                       figsize=(13, 7.2))
     for level in levels:
-        for (name, color), distances in zip(REFERENCES.items(), cells["path"], strict=True):
+        for (name, color), distances in zip(colors.items(), cells["path"], strict=True):
             median, low, high = distances[level].T
             axes[level].plot(steps, median, color=color, label=name)
             axes[level].fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
@@ -1566,7 +1570,7 @@ def plot_denoisers(run, path):
         first, second = np.sort(medians, 0)[:2]
         nearest = np.ma.masked_where(~(first < 0.98 * second), medians.argmin(0))
         heat(axes[kind], nearest, [f"{step:,.0f}" for step in steps],
-             [title for title, _, _ in LEVEL_PANELS.values()], [*REFERENCES.values()],
+             [title for title, _, _ in LEVEL_PANELS.values()], [*colors.values()],
              origin="lower", vmin=0, vmax=len(names) - 1)
         axes[kind].set_title(f"nearest on {text} (grey: two within 2 %)")
     figure.supxlabel("training step", fontsize="medium")

@@ -195,6 +195,8 @@ def set_name(settings, process):
         key = {"sampling_steps": "steps"}.get(key, key)
         if isinstance(value, bool):
             return key if value else f"no-{key}"
+        if isinstance(value, list):
+            return key + "-".join(map(str, value))
         return f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
     defaults = default_settings(process)
     return "_".join(word(k, v) for k, v in settings.items() if v != defaults.get(k))
@@ -217,15 +219,19 @@ def samples_path(run, name, step):
 
 def sampler_values(process, settings):
     """Sixteen numbers that the code of today draws in three steps, of a network known in closed
-    form: if they change, so has the sampler.
+    form, and as many of one whose x0 leaves [-1, 1], which is clipped where that is asked: if they
+    change, so has the sampler.
     """
-    def known(xt, t, labels):
-        share = 0.7 if labels is None else 0.8 + 0.1 * labels.view(-1, 1, 1, 1)
-        return process.predict_given_x0(xt, share * xt.sin(), t)
-    settings = settings | {"sampling_steps": min(3, settings["sampling_steps"]), "seed": 0}
-    x, _ = sample_with(settings, to_draw_with(settings, known, known), process, (1, 4, 4), [0],
-                       torch.zeros(1, dtype=torch.int64))
-    return x.flatten().tolist()
+    settings, values = settings | {"sampling_steps": min(3, settings["sampling_steps"]),
+                                   "seed": 0}, []
+    for size in (1, 3):
+        def known(xt, t, labels, size=size):
+            share = 0.7 if labels is None else 0.8 + 0.1 * labels.view(-1, 1, 1, 1)
+            return process.predict_given_x0(xt, size * share * xt.sin(), t)
+        x, _ = sample_with(settings, to_draw_with(settings, known, known), process, (1, 4, 4), [0],
+                           torch.zeros(1, dtype=torch.int64))
+        values += x.flatten().tolist()
+    return values
 
 
 def write_samples(path, images, labels, settings, out_of_range, run, **made):
@@ -293,8 +299,7 @@ def what_changed(made, weights, sampler=None):
     """
     if weights and made.get("weights", "" if weights == "mirrored" else weights) != weights:
         return "weights"
-    then = made.get("sampler")
-    return "" if None in (then, sampler) or np.allclose(then, sampler, atol=1e-3) else "sampler"
+    return "" if alike(made.get("sampler"), sampler) else "sampler"
 
 
 def is_done(path, settings, num, run, defaults, weights, sampler):
@@ -402,6 +407,7 @@ def parse(argv):
 def settings_of(args, process):
     """What the samples are a function of, beside the weights: {option: value}."""
     settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
+    settings = json.loads(json.dumps(settings))     # as a file gives them back
     return settings | ({"clip": process.clip} if args.clip is None else {})
 
 

@@ -56,6 +56,11 @@ grid=$1 without_gpu=cpu plotting=() given=${GPUS:-}
 shift
 digits="--process flow --conditional --mults 1 2 --blocks 1 --embed 128 --eval-images 512"
 digits+=" --first-eval 16"     # before N = 16 has copies
+own_data() {            # of a grid that has its own
+  [[ ${DATA:-$1} == "$1" ]] || die "DATA=$DATA: this grid is of $1; custom takes other data"
+  DATA=$1
+}
+
 case $grid in           # a grid that takes an argument of its own shifts it away here
 class)
   lesson=${1:-}
@@ -73,17 +78,19 @@ class)
   *) die "class takes the number of an experiment, 1 to 7; the README says what they are" ;;
   esac
   : "${WIDTH:=32}" "${BATCH:=32}" "${LR:=1e-3}" "${IMAGES:=500N}" "${GPUS:=$cpus}"
-  DATA=digits TRAIN="$digits ${TRAIN:-}" SAMPLE="--num 128 --sampling-steps 20 ${SAMPLE:-}"
+  own_data digits
+  TRAIN="$digits ${TRAIN:-}" SAMPLE="--num 128 --sampling-steps 20 ${SAMPLE:-}"
   ;;
 digits)
   : "${N:=64 16 32 128 256}" "${WIDTH:=32 8 16}" "${BATCH:=32 16 64}" "${LR:=1e-3 3e-4 3e-3}"
   : "${IMAGES:=500N}" "${GPUS:=$cpus}" "${REPEATS=1 2}"
-  DATA=digits TRAIN="$digits ${TRAIN:-}" SAMPLE="--num 128 --sampling-steps 20 ${SAMPLE:-}"
+  own_data digits
+  TRAIN="$digits ${TRAIN:-}" SAMPLE="--num 128 --sampling-steps 20 ${SAMPLE:-}"
   ;;
 toy)
   : "${N:=16 8 32 512}" "${WIDTH:=32 8 16}" "${BATCH:=16 8 32}" "${LR:=1e-3 5e-4 2e-3}"
   : "${IMAGES:=40000}" "${GPUS:=$cpus}"
-  DATA=toy
+  own_data toy
   TRAIN="--size 8 --mults 1 2 --blocks 1 --embed 128 --eval-images 512 ${TRAIN:-}"
   SAMPLE="--num 128 --sampling-steps 50 ${SAMPLE:-}"
   ;;

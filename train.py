@@ -76,8 +76,9 @@ class Process(NamedTuple):
     T: int = 0
     clip: bool = False
 
-    def training_time(self, u):
-        """u uniform in [0, 1) to a training time t: k/T with k uniform in 1 .. T, or u itself."""
+    def time(self, u):
+        """u in [0, 1) to a time t: k/T with k in 1 .. T, or u itself. Evaluations use it, too: to
+        train on some times more than on others, change step_draws."""
         return (torch.floor(u * self.T) + 1) / self.T if self.T else u
 
     def coefficients(self, t, x):
@@ -324,7 +325,7 @@ def batch_indices(n, batch, seed, step, device="cpu"):
 def step_draws(process, shape, seed, step, device="cpu"):
     """The times (B,), the noise of shape (B, C, S, S) and the flips (B,) bool of a step."""
     g = generator(device, "step", seed, step)
-    t = process.training_time(torch.rand(shape[0], generator=g, device=device))
+    t = process.time(torch.rand(shape[0], generator=g, device=device))
     eps = torch.randn(shape, generator=g, device=device)
     return t, eps, torch.rand(shape[0], generator=g, device=device) < 0.5
 
@@ -441,7 +442,7 @@ def evaluate(net, process, images, labels, count, amp="auto"):
     u = (order + 0.5) / count                           # one t in each of `count` slices of [0, 1]
     for block, index in enumerate(torch.arange(count).split(256)):
         chosen = send(index % n, device)
-        x0, t = to_float(images[chosen]), send(process.training_time(u[index]), device)
+        x0, t = to_float(images[chosen]), send(process.time(u[index]), device)
         eps = send(torch.randn(x0.shape, generator=generator("cpu", "evaluation", block)), device)
         with autocast(device, amp):
             losses.append(diffusion_loss(net, process, x0, t, eps,
@@ -474,7 +475,7 @@ WEIGHTINGS = {"uniform": lambda process, t: 1.0, "sigmoid": sigmoid_weight}
 
 def fingerprint(process):
     """12 hex digits of what a process computes, whatever it is called."""
-    t = process.training_time(torch.arange(1, 64, dtype=torch.float64) / 64)
+    t = process.time(torch.arange(1, 64, dtype=torch.float64) / 64)
     values = torch.stack([torch.as_tensor(v).expand_as(t) for v in process.coefficients(t, t)])
     values = values.double().mul(1e6).round().long()
     return hashlib.sha256(values.numpy().tobytes() + f"{process.T}".encode()).hexdigest()[:12]
@@ -484,9 +485,9 @@ class Affine(nn.Module):
     """A network of two numbers, w xt + b + label, for step_values; in float64, since they hardly
     move. It has an idle matrix, too, for optimizers that take nothing else."""
 
-    def __init__(self):
+    def __init__(self, w):
         super().__init__()
-        self.parts = nn.Parameter(torch.tensor([0.5, 0.0], dtype=torch.float64))
+        self.parts = nn.Parameter(torch.tensor([w, 0.0], dtype=torch.float64))
         self.idle = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
 
     def forward(self, xt, t, labels=None):
@@ -496,25 +497,30 @@ class Affine(nn.Module):
 
 def step_values(options):
     """What the code of today makes of three training steps with these options: three losses, and by
-    how many lr two weights and their averages move; of a network of these two on noise. If they
-    change, so has the loss, its weighting, what a step draws, the optimizer or the average.
+    how many lr two weights and their averages move; of a network of these two on noise, once with
+    small and once with large gradients, which a clipping would cut. If they change, so has the
+    loss, its weighting, what a step draws, the optimizer or the average.
     """
     args = argparse.Namespace(**options | {"batch": 64, "amp": "off"})
     images = torch.randint(256, (64, 4, 4, 1), dtype=torch.uint8, generator=generator("cpu"))
     labels = torch.zeros(64, dtype=torch.int64) if args.conditional else None
-    with torch.random.fork_rng(devices=[]):
-        state, losses = fresh_state(args, Affine(), torch.device("cpu")), []
-        for step in (1, 2, 3):
-            losses.append(training_loss(state.net, (images, labels), args, step))
-            update(state, losses[-1], step, args.ema)
-    parts = [weights for weights in (*state.weights, *state.averages) if weights.dim() == 1]
-    moves = torch.cat(parts) - Affine().parts.repeat(2)
-    return [*torch.stack(losses).tolist(), *(moves / args.lr).tolist()]
+    values = []
+    for w in (0.5, 20.0):
+        with torch.random.fork_rng(devices=[]):
+            state = fresh_state(args, Affine(w), torch.device("cpu"))
+            for step in (1, 2, 3):
+                loss = training_loss(state.net, (images, labels), args, step)
+                update(state, loss, step, args.ema)
+                values.append(float(loss.detach()))
+        parts = [weights for weights in (*state.weights, *state.averages) if weights.dim() == 1]
+        values += ((torch.cat(parts) - Affine(w).parts.repeat(2)) / args.lr).tolist()
+    return values
 
 
 def network_values(net, image_shape, classes):
-    """Sixteen numbers that a network, just built by the code of today, gives on the CPU. If they
-    change, so has the network. It comes back with other weights, in evaluation mode.
+    """Sixteen numbers that a network, just built by the code of today, gives on the CPU, and as
+    many in training mode, by which dropout shows. If they change, so has the network. It comes back
+    with other weights, in evaluation mode.
     """
     size, _, channels = image_shape
     g = generator("cpu", "network")
@@ -522,15 +528,19 @@ def network_values(net, image_shape, classes):
         for p in net.parameters():      # what starts at 0 would hide all that comes before it
             p.copy_(torch.randn(p.shape, generator=g) * (max(1, *p.shape[:1]) / p.numel()) ** 0.5)
         x = torch.randn(2, channels, size, size, generator=g)
-        y = net.eval()(x, torch.tensor([0.2, 0.7]), torch.arange(2) % classes if classes else None)
-    return y.flatten()[torch.linspace(0, y.numel() - 1, 16).long()].tolist()
+        seen = x, torch.tensor([0.2, 0.7]), torch.arange(2) % classes if classes else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            trained = copy.deepcopy(net).train()(*seen)
+        y = torch.stack([net.eval()(*seen), trained]).flatten(1)
+    return y[:, torch.linspace(0, y.shape[1] - 1, 16).long()].flatten().tolist()
 
 
 def alike(then, now, rounding=1e-3):
-    """Whether two lists of step_values or network_values are equal but for rounding. None, of a
-    run from before they were recorded, is equal to any."""
-    return None in (then, now) or (np.shape(then) == np.shape(now) and
-                                   np.allclose(then, now, rounding, rounding, equal_nan=True))
+    """Whether two lists of what the code computes are equal but for rounding. Of a run from before
+    they were recorded, None, or fewer, there is as much to compare as it has."""
+    return then is None or now is None or bool(len(then) <= len(now) and np.allclose(
+        then, now[:len(then)], rounding, rounding, equal_nan=True))
 
 
 def evaluation_steps(steps, per_doubling=2, first=64):
@@ -1000,7 +1010,10 @@ def describe(args, data, net, classes):
             capture_output=True, cwd=Path(__file__).parent, check=False).stdout.strip()
     except OSError:                                 # no git on this machine
         commit = ""
-    return {"options": vars(args), "free": FREE, "defaults": vars(make_parser().parse_args([])),
+    def as_read(options):                           # a tuple comes back as a list
+        return json.loads(json.dumps(vars(options)))
+    return {"options": as_read(args), "free": FREE,
+            "defaults": as_read(make_parser().parse_args([])),
             "parameters": sum(p.numel() for p in net.parameters()),
             "image_shape": list(data.train_images.shape[1:]), "classes": classes,
             "labels": np.unique(data.train_labels).tolist(),

@@ -631,9 +631,15 @@ def test_a_metric_that_went_and_came_again_changed_is_measured_anew(run, monkeyp
     assert all(a < b for a, b in zip(first, share(200), strict=True))
 
 
+def sharp(c):
+    """A column that another metric has."""
+    return {"sharpness": 0.0}
+
+
 @pytest.mark.parametrize(("metrics", "words"), [
     ([lambda c: {"a": 1.0}], ["METRICS", "<lambda>"]),
     ([measure.copying], ["METRICS", "copying"]),
+    ([sharp], ["METRICS", "sharpness and sharp", "columns of the same name"]),
     ([functools.partial(measure.mixture, k=3)], ["METRICS", "one without"])])
 def test_metrics_need_names_of_their_own(run, monkeypatch, refused, metrics, words):
     monkeypatch.setattr(measure, "METRICS", (*measure.METRICS, *metrics))
@@ -691,6 +697,15 @@ def test_a_constant_of_any_kind_belongs_to_the_code(monkeypatch, kind):
         monkeypatch.setattr(measure, "SW_PROJECTIONS", kind(value))
         codes.append(measure.code_of(measure.fidelity))
     assert codes[0] != codes[1] == codes[2]
+
+
+def test_functions_in_a_dict_belong_to_the_code(monkeypatch):
+    codes = []
+    for function in (measure.kid, measure.kid, measure.sharpness, torch.sin, torch.cos):
+        monkeypatch.setattr(measure, "SW_PROJECTIONS", {"a": function})
+        codes.append(measure.code_of(measure.fidelity))
+    assert codes[0] == codes[1] and len({*codes}) == 4
+    assert measure.code_of(measure.fidelity) == codes[-1]       # no address is in it
 
 
 def test_rows_whose_samples_are_gone_are_said_to_be_old(run, monkeypatch, capsys):
@@ -1105,6 +1120,11 @@ def test_twin_command(run, tmp_path, refused, monkeypatch, capsys):
         measure.main([str(run), "--device", "cpu"])
         assert capsys.readouterr().err.count("twin_twin.csv: is of other code") == told
     refused(measure.main, [run, "--twin", run], "share 8 images", "--offset 8")
+    table = metrics(run, "twin_twin.csv")
+    for other, told in ((table, 0), ([row | {"twin": "0" * 16} for row in table], 1)):
+        train.write_csv(run / "twin_twin.csv", other)
+        measure.main([str(run), "--device", "cpu"])
+        assert capsys.readouterr().err.count("twin_twin.csv: is of another run") == told
     path = file_of(twin, 16)
     found = sample.read_samples(path)
     sample.write_samples(path, found.images, found.labels + 1, found.settings, 0,
@@ -1130,7 +1150,7 @@ def test_floor_of_two_images_by_integration(name):
     got = measure.loss_floor(process, images, None, 50_000)
     v = train.to_float(images)[0].double()
     g = np.random.default_rng(0)
-    t = process.training_time(torch.from_numpy((np.arange(5000) + 0.5) / 5000))
+    t = process.time(torch.from_numpy((np.arange(5000) + 0.5) / 5000))
     a, s, c, d = (torch.as_tensor(x).double().expand_as(t).numpy()
                   for x in process.coefficients(t, t))
     norm = float(v.square().sum())

@@ -272,6 +272,17 @@ def test_everything_is_drawn(tmp_path):
     assert [name for name in names if name.startswith(".")] == [".drawn"]
 
 
+def test_a_denoiser_of_your_own_is_drawn(run, drawn):
+    rows = run.tables["denoisers"]
+    run.tables["denoisers"] = rows + [row | {"reference": "mine", "median": "-99"} for row in rows
+                                      if row["reference"] == "local"]
+    plot.plot_denoisers(run, None)
+    ((figure, _),) = drawn
+    assert "mine" in labels(titled(figure, "t = 0.3 to 0.4, its own path"))
+    (image,) = titled(figure, "nearest on its own sampling path (grey: two within 2 %)").images
+    assert (image.get_array() == len(plot.REFERENCES)).all()
+
+
 def test_one_run_is_told_in_a_few_lines(run):
     text = plot.run_text(run)
     row = plot.summarize(run)

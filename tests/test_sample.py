@@ -303,10 +303,30 @@ def test_samples_of_other_weights_or_of_another_sampler_are_refused(sampled_run,
         refused(sample.main, argv, path, "another sampler")
         refused(sample.main, [*argv, "--exact"], "exact.npz", "another sampler")
         sample.main([*argv, "--eta", "1"])      # another set: nothing is mixed
+    with monkeypatch.context() as changed:      # only what had left [-1, 1]
+        changed.setattr(torch.Tensor, "clamp", lambda x, *ends, real=torch.Tensor.clamp, **more:
+                        real(x, *(1.5 * end for end in ends), **more))
+        refused(sample.main, argv, path, "another sampler")
     state = torch.load(run / "snapshots/0000004.pt", weights_only=True)
     state["ema"]["conv_in.bias"] += 1
     train.save(run / "snapshots/0000004.pt", state)
     refused(sample.main, argv, path, "other weights")
+
+
+def test_a_setting_of_several_numbers_names_its_samples(sampled_run, tmp_path, monkeypatch,
+                                                        capsys):
+    def more(real=sample.make_parser):
+        parser = real()
+        parser.add_argument("--interval", type=float, nargs=2, default=(0.2, 0.8))
+        return parser
+    monkeypatch.setattr(sample, "make_parser", more)
+    run = shutil.copytree(sampled_run, tmp_path / "r")
+    argv = [str(run), "--num", "12", "--device", "cpu", "--sampling-steps", "5"]
+    sample.main(argv)                           # as drawn before there was the option
+    sample.main([*argv, "--interval", "0.1", "0.8"])
+    sample.main([*argv, "--interval", "0.1", "0.8"])
+    out = capsys.readouterr().out
+    assert out.count("0 of 5") == 2 and (run / "samples/steps5_interval0.1-0.8").is_dir()
 
 
 def test_an_option_of_your_own_belongs_to_the_sampler(sampled_run, tmp_path, refused, monkeypatch,

@@ -126,6 +126,8 @@ def test_bad_arguments_are_named(fake, tmp_path):
     refused("toy", KEEP="some", word="KEEP=some")
     refused("toy", IMAGES="08", word="IMAGES=08")
     refused("custom", DATA="my data", word="DATA=my data: a path without spaces")
+    for grid in (["digits"], ["toy"], ["class", "1"]):
+        refused(*grid, DATA="cifar10", word="DATA=cifar10: this grid is of ")
     refused("toy", IMAGES="10 20", word="IMAGES=10 20")
     refused("toy", PYTHON="/no/such", word="PYTHON=/no/such")
     refused("toy", SLURM_ARRAY_TASK_ID="99", word="SLURM_ARRAY_TASK_ID=99: the runs are 0 to 1")
@@ -475,12 +477,17 @@ def test_a_run_of_another_code_or_of_other_images_is_not_done(left_alone, tmp_pa
         np.savez(data, **{f"{split}_{what}": g.integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
                           if what == "images" else np.arange(12)
                           for split in ("train", "test") for what in ("images", "labels")})
-        measure_py.subset_today.cache_clear()
+        measure_py.hashes_today.cache_clear()
         if not seed:
             words = TINY["TRAIN"] + " --mults 1 2 --blocks 1 --width 8 --batch 4 --lr 1e-3 --n 4"
             train_py.main([*words.split(), *options, "--steps", "12", "--out", str(out / "own")])
             assert state(out, "own", train=options).startswith("sampling")
-    assert state(out, "own", train=options) == "another run: training images"
+    assert state(out, "own", train=options) == "another run: held-out images, training images"
+    # data of the project's own that a user has changed
+    monkeypatch.setattr(train_py, "HELD_OUT", 20)
+    measure_py.hashes_today.cache_clear()
+    assert state(out) == "another run: held-out images"
+    measure_py.hashes_today.cache_clear()
 
 
 def test_what_drew_and_measured_a_run_belongs_to_its_state(left_alone, tmp_path, monkeypatch):

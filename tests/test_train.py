@@ -72,7 +72,7 @@ def test_a_prediction_gives_back_x0_and_eps(schedule, predicts):
     process = train.Process(function, train.PREDICTIONS[predicts], T)
     x0, eps = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0),
                           dtype=torch.float64)
-    t = process.training_time(torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64))
+    t = process.time(torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64))
     xt, prediction = train.q_sample(process, x0, t, eps), process.target(x0, eps, t)
     a, s = (train.expand(v, xt) for v in process.schedule(t))
     torch.testing.assert_close(xt, a * x0 + s * eps)
@@ -174,7 +174,7 @@ def test_loss_of_a_known_prediction():
 
 
 def test_ddpm_draws_every_time_equally():
-    t = PROCESSES["ddpm"].training_time((torch.arange(5000) + 0.5) / 5000)
+    t = PROCESSES["ddpm"].time((torch.arange(5000) + 0.5) / 5000)
     counts = torch.bincount(torch.round(t * 1000).long(), minlength=1001)
     assert counts[0] == 0 and (counts[1:] == 5).all()
 
@@ -505,6 +505,16 @@ def clipped(state, loss, step, ema, real=train.update):
     real(state, loss * (1 if step == 1 else 0.1), step, ema)
 
 
+def clipped_gradients(state, loss, step, ema):
+    """train.update with the norm of the gradients cut at 1, which is seen where they are larger."""
+    state.scaler.scale(loss).backward()
+    torch.nn.utils.clip_grad_norm_(state.net.parameters(), 1.0)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        torch._foreach_lerp_(state.averages, state.weights, 1 - min(ema, (1 + step) / (10 + step)))
+
+
 def averaged(state, loss, step, ema, real=train.update):
     """train.update with an average that warms up sooner."""
     real(state, loss, step + 5, ema)
@@ -512,7 +522,7 @@ def averaged(state, loss, step, ema, real=train.update):
 
 @pytest.mark.parametrize(("place", "name", "value"), [
     (train.F, "silu", lambda x, inplace=False: train.F.gelu(x)),
-    (train, "update", clipped), (train, "update", averaged),
+    (train, "update", clipped), (train, "update", clipped_gradients), (train, "update", averaged),
     (train, "to_float", lambda x: x.permute(0, 3, 1, 2).float() / 255)])
 def test_another_network_or_training_step_does_not_go_on_with_a_run(
         tmp_path, sampled_run, refused, monkeypatch, place, name, value):
@@ -541,10 +551,17 @@ def test_what_the_code_computes_is_the_same_on_every_call():
     options = vars(train.parse([*TINY, "--flip", "--weighting", "sigmoid", "--process", "flow"]))
     state = torch.get_rng_state()
     one, two = train.step_values(options), train.step_values(options)
-    assert one == two and len(one) == 7 and torch.equal(torch.get_rng_state(), state)
+    assert one == two and len(one) == 14 and torch.equal(torch.get_rng_state(), state)
     nets = [train.build_net(options | {"seed": seed}, (8, 8, 3), 3) for seed in (0, 1)]
     one, two = (train.network_values(net, (8, 8, 3), 3) for net in nets)
     assert one == two and np.std(one) > 0.1         # of the code alone, not of the seed
+    assert one[:16] == one[16:] and torch.equal(torch.get_rng_state(), state)
+    nets[0].middle[0].block.conv1 = nn.Sequential(nets[0].middle[0].block.conv1, nn.Dropout(0.5))
+    dropped = train.network_values(nets[0], (8, 8, 3), 3)
+    assert train.alike(one[:16], dropped) and not train.alike(one, dropped)
+    # of an older run there are fewer numbers, or none; more than today's are another's
+    assert train.alike(one[:16], two) and train.alike(None, two) and not train.alike(one, two[:16])
+    assert not train.alike([*one[:15], one[15] + 0.1], two)
 
 
 def test_a_loss_that_changes_labels_is_another(monkeypatch):
@@ -557,6 +574,17 @@ def test_a_loss_that_changes_labels_is_another(monkeypatch):
         return real(without, data, args, step)
     monkeypatch.setattr(train, "training_loss", dropped)
     assert not train.alike(before, train.step_values(options), 2e-5)
+
+
+def test_an_option_that_is_a_tuple_goes_on(tmp_path, monkeypatch):
+    def more(real=train.make_parser):
+        parser = real()
+        parser.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999))
+        return parser
+    monkeypatch.setattr(train, "make_parser", more)
+    for steps in ("4", "6"):
+        train.main([*TINY, "--steps", steps, "--out", str(tmp_path / "r")])
+    assert train.read_run(tmp_path / "r")["options"]["betas"] == [0.9, 0.999]
 
 
 def test_what_a_run_began_with_stays_in_its_record(tmp_path, sampled_run, monkeypatch):
