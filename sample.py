@@ -217,21 +217,20 @@ def samples_path(run, name, step):
     return Path(run) / "samples" / name / (f"{step}.npz" if step == "exact" else f"{step:07d}.npz")
 
 
-def sampler_values(process, settings):
+def sampler_values(process, settings, exact=False):
     """Sixteen numbers that the code of today draws in three steps, of a network known in closed
-    form, and as many of one whose x0 leaves [-1, 1], which is clipped where that is asked: if they
-    change, so has the sampler.
+    form; as many of one whose x0 leaves [-1, 1], which is clipped where that is asked; exact: and
+    of a memorizer. If they change, so has what draws.
     """
-    settings, values = settings | {"sampling_steps": min(3, settings["sampling_steps"]),
-                                   "seed": 0}, []
-    for size in (1, 3):
-        def known(xt, t, labels, size=size):
-            share = 0.7 if labels is None else 0.8 + 0.1 * labels.view(-1, 1, 1, 1)
-            return process.predict_given_x0(xt, size * share * xt.sin(), t)
-        x, _ = sample_with(settings, to_draw_with(settings, known, known), process, (1, 4, 4), [0],
-                           torch.zeros(1, dtype=torch.int64))
-        values += x.flatten().tolist()
-    return values
+    def known(xt, t, labels, size=1):
+        share = 0.7 if labels is None else 0.8 + 0.1 * labels.view(-1, 1, 1, 1)
+        return process.predict_given_x0(xt, size * share * xt.sin(), t)
+    images = torch.linspace(-1, 1, 48).sin().reshape(3, 1, 4, 4)
+    nets = [known, functools.partial(known, size=3)] + [memorizer(process, images)] * exact
+    settings = settings | {"sampling_steps": min(3, settings["sampling_steps"]), "seed": 0}
+    drawn = [sample_with(settings, to_draw_with(settings, net, net), process, (1, 4, 4), [0],
+                         torch.zeros(1, dtype=torch.int64))[0] for net in nets]
+    return torch.cat(drawn).flatten().tolist()
 
 
 def write_samples(path, images, labels, settings, out_of_range, run, **made):
@@ -506,7 +505,7 @@ def main(argv=None):
     paths = {name: samples_path(args.run, place, name)
              for name in (["exact"] if args.exact else args.steps_only or steps)}
     with locked(args.run, "sample", "samples/*", "samples/*/*"):
-        sampler = sampler_values(process, settings)
+        sampler = sampler_values(process, settings, args.exact)
         made = {name: {"weights": weights_today(args.run, record, settings, name),
                        "sampler": sampler} for name in paths}
         todo = {name: path for name, path in paths.items() if not is_done(

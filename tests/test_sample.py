@@ -302,6 +302,13 @@ def test_samples_of_other_weights_or_of_another_sampler_are_refused(sampled_run,
         changed.setattr(sample, "ddim_step", lambda *a, **k: [1.01 * x for x in real(*a, **k)])
         refused(sample.main, argv, path, "another sampler")
         refused(sample.main, [*argv, "--exact"], "exact.npz", "another sampler")
+    with monkeypatch.context() as changed:      # which the networks' samples do not depend on
+        changed.setattr(sample, "exact_denoiser",
+                        lambda *a, real=sample.exact_denoiser, **k: 0.9 * real(*a, **k))
+        refused(sample.main, [*argv, "--exact"], "exact.npz", "another sampler")
+        sample.main(argv)
+    with monkeypatch.context() as changed:
+        changed.setattr(sample, "ddim_step", lambda *a, **k: [1.01 * x for x in real(*a, **k)])
         sample.main([*argv, "--eta", "1"])      # another set: nothing is mixed
     with monkeypatch.context() as changed:      # only what had left [-1, 1]
         changed.setattr(torch.Tensor, "clamp", lambda x, *ends, real=torch.Tensor.clamp, **more:
