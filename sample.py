@@ -405,8 +405,8 @@ def parse(argv):
 
 def settings_of(args, process):
     """What the samples are a function of, beside the weights: {option: value}."""
-    settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
-    settings = json.loads(json.dumps(settings))     # as a file gives them back
+    settings = {k: list(v) if isinstance(v, tuple) else v       # as a file gives them back
+                for k, v in vars(args).items() if k not in NO_SETTINGS}
     return settings | ({"clip": process.clip} if args.clip is None else {})
 
 

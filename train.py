@@ -1011,7 +1011,7 @@ def describe(args, data, net, classes):
     except OSError:                                 # no git on this machine
         commit = ""
     def as_read(options):                           # a tuple comes back as a list
-        return json.loads(json.dumps(vars(options)))
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()}
     return {"options": as_read(args), "free": FREE,
             "defaults": as_read(make_parser().parse_args([])),
             "parameters": sum(p.numel() for p in net.parameters()),

@@ -1042,7 +1042,7 @@ def test_similarity_counts_what_is_above_the_threshold(subset):
     c = measure.Context(subset.train[:4], subset)
     assert measure.similarity(c) == {}
     subset.references["sscd"] = torch.eye(4)[:2]
-    subset.sscd = measure.Space("sscd", lambda images: samples)
+    subset.sscd = measure.Space("sscd", lambda images: samples, "")
     row = measure.similarity(c)
     assert row["sscd_ratio"] == 0.5 and row["sscd_low"] < 0.5 < row["sscd_high"]
 
