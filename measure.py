@@ -650,6 +650,11 @@ def measure(args, record, device):
     if args.planted or made_by_others(run / "planted.csv", planted_rows):
         write_csv(run / "planted.csv", planted_rows(subset))
         print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
+    warn_of_old_twins(run)
+
+
+def warn_of_old_twins(run):
+    """Say which twin_NAME.csv are of other code than today's, or of another run beside this one."""
     for path in sorted(run.glob("twin_*.csv")):
         other = False
         with contextlib.suppress(InputError):           # the twin is elsewhere, or gone
