@@ -1375,14 +1375,11 @@ def values_today(options, image_shape, classes):
 def record_today(record, options):
     """What the record of a run (args.json) would say today, if it were begun with these options."""
     found = {"options": vars(options)}
-    if "network_values" in record:
-        found |= cached(values_today, record["options"], record["image_shape"], record["classes"])
+    found |= cached(values_today, record["options"], record["image_shape"], record["classes"])
     if options.data in ("toy", "digits") or Path(options.data).is_file():
-        subset, *heldout = hashes_today(options.data, options.n, options.size, options.offset)
-        then = record.get("heldout_sha256")
-        old = options.conditional and then in heldout       # older runs held out all classes
+        subset, heldout, known = hashes_today(options.data, options.n, options.size, options.offset)
         found |= {"subset_sha256": subset,
-                  "heldout_sha256": then if old else heldout[options.conditional]}
+                  "heldout_sha256": known if options.conditional else heldout}
     return found
 
 

@@ -64,8 +64,11 @@ OUTSIDE = 1.05          # a value beyond it has left the range of the images, [-
 def sampling_times(process, steps):
     """The sampler's times, steps + 1 of them from 1 down to 0, float32 on the CPU.
 
-    Raises InputError if there are not so many.
+    Raises InputError if there are not so many, or where time 1 is not noise of variance 1.
     """
+    if abs(float(process.schedule(torch.ones(()))[1]) - 1) > 0.01:
+        raise InputError("the noise process: its s(1) must be 1, as sampling starts from noise "
+                         "of variance 1")
     if not 1 <= steps <= (process.T or 10**6):
         raise InputError(f"--sampling-steps {steps}: must be 1 to {process.T or 10**6}")
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -85,7 +88,7 @@ def ddim_step(process, xt, prediction, t, t_next, eta=0.0, z=None, clip=False):
     x0, eps = process.x0_eps(xt, prediction, t)
     unclamped = x0
     if clip:                                            # as the code of Ho et al. does
-        # 0/0 where a(1) is 0: nothing is known. But a prediction that is not finite stays so.
+        # x/0 where a(1) is 0: nothing is known. But a prediction that is not finite stays so.
         x0 = x0.nan_to_num(0, 1, -1).clamp(-1, 1) + 0 * prediction
         eps = (xt - a * x0) / s
     # Song, eq. 16, for any a and s: sigma^2 = eta^2 (s'^2 / s^2) (s^2 - (a / a')^2 s'^2); at eta 1
@@ -132,8 +135,8 @@ def exact_denoiser(xt, a, s, images):
 
     xt (B, C, H, W), images (N, C, H, W), both float, in [-1, 1] for pictures; a, s: numbers or
     (B,), xt = a x0 + s eps. Returns (B, C, H, W) of xt's type. In float64: at little noise images
-    that differ in one number only must be told apart. Memory: another copy of the images, 3 B x N
-    numbers.
+    that differ in one number only must be told apart. Memory: two float64 copies of the images and
+    3 B x N numbers.
     """
     x, y = xt.flatten(1).double(), images.flatten(1).double()
     a, s = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, 1) for v in (a, s))
@@ -199,7 +202,8 @@ def set_name(settings, process):
             return key + "-".join(map(str, value))
         return f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
     defaults = default_settings(process)
-    return "_".join(word(k, v) for k, v in settings.items() if v != defaults.get(k))
+    name = "_".join(word(k, v) for k, v in settings.items() if v != defaults.get(k))
+    return name.replace("/", "-")                   # the name is a folder's
 
 
 def sample_sets(run):
@@ -218,15 +222,17 @@ def samples_path(run, name, step):
 
 
 def sampler_values(process, settings, exact=False):
-    """Sixteen numbers that the code of today draws in three steps, of a network known in closed
-    form; as many of one whose x0 leaves [-1, 1], which is clipped where that is asked; exact: and
-    of a memorizer. If they change, so has what draws.
+    """What the code of today draws in three steps, sixteen numbers per network; if they change, so
+    has what draws. Of a network whose x0 stays in [-1, 1], of one whose x0 does not, which shows
+    the clipping, and, if `exact`, of a memorizer.
     """
     def known(xt, t, labels, size=1):
         share = 0.7 if labels is None else 0.8 + 0.1 * labels.view(-1, 1, 1, 1)
         return process.predict_given_x0(xt, size * share * xt.sin(), t)
     images = torch.linspace(-1, 1, 48).sin().reshape(3, 1, 4, 4)
-    nets = [known, functools.partial(known, size=3)] + [memorizer(process, images)] * exact
+    nets = [known, functools.partial(known, size=3)]
+    if exact:
+        nets.append(memorizer(process, images))
     settings = settings | {"sampling_steps": min(3, settings["sampling_steps"]), "seed": 0}
     drawn = [sample_with(settings, to_draw_with(settings, net, net), process, (1, 4, 4), [0],
                          torch.zeros(1, dtype=torch.int64))[0] for net in nets]
@@ -260,7 +266,7 @@ def read_samples(path, run=None):
         if (found.images.dtype != np.uint8 or found.images.ndim != 4
                 or found.labels.shape != found.images.shape[:1]):
             raise ValueError("images or labels of another kind")
-    if found.name != path.stem or (run and made.get("run", run) != run):
+    if found.name != path.stem or (run and made["run"] != run):
         raise InputError(f"{path}: holds samples of another run or step ({found.name}); "
                          "delete it and run sample.py again")
     return found
@@ -274,12 +280,12 @@ def made_by(path):
 
 def weights_today(run, record, settings, name):
     """A digest, 12 hex digits, of the weights that a snapshot's samples are drawn with, from the
-    checksums in its file alone; "" where it is gone. For "exact": "mirrored" or "".
+    checksums in its file alone; "" where it is gone, and for "exact".
     """
     if name == "exact":
-        return "mirrored" * record["options"]["flip"]
-    switch, digest = settings.get("switch"), hashlib.sha256()
-    for step in [name, *([int(switch.split("@")[0])] if switch else [])]:
+        return ""
+    digest = hashlib.sha256()
+    for step in filter(None, (name, switch_of(settings)[0])):
         path = Path(run) / f"snapshots/{step:07d}.pt"
         if not path.exists():
             return ""
@@ -292,20 +298,19 @@ def weights_today(run, record, settings, name):
 def what_changed(made, weights, sampler=None):
     """Which of "weights" and "sampler" made a samples file and is another today; "" for neither.
 
-    made: of Samples; weights, sampler: weights_today, sampler_values. A file that is older than
-    these checks passes, unless it is a memorizer's without mirror images. Weights that are gone
-    today pass.
+    made: of Samples; weights, sampler: weights_today, sampler_values. Weights that are gone today
+    pass.
     """
-    if weights and made.get("weights", "" if weights == "mirrored" else weights) != weights:
+    if weights and made["weights"] != weights:
         return "weights"
-    return "" if alike(made.get("sampler"), sampler) else "sampler"
+    return "" if sampler is None or alike(made["sampler"], sampler) else "sampler"
 
 
 def is_done(path, settings, num, run, defaults, weights, sampler):
-    """Whether a samples file holds at least `num` images made with these settings.
+    """Whether a samples file holds at least `num` images drawn with these settings.
 
-    defaults: of settings that the file, being older, lacks; weights, sampler: see others. Raises
-    InputError where anything else made it.
+    run: the run's identity; defaults: of settings that are newer than the file; weights, sampler:
+    of weights_today and sampler_values. Raises InputError where anything else made the file.
     """
     if not path.exists():
         return False
@@ -315,8 +320,9 @@ def is_done(path, settings, num, run, defaults, weights, sampler):
         different = ", ".join(f"{k} {v}" for k, v in settings_then.items() if v != settings.get(k))
         raise InputError(f"{path}: was made with {different}; delete it")
     if what := what_changed(found.made, weights, sampler):
-        raise InputError(f"{path}: was drawn by another {what} than there is now; delete what is "
-                         f"older than that in {path.parent}, or move it away")
+        other = "other weights" if what == "weights" else "another sampler"
+        raise InputError(f"{path}: was drawn by {other} than there is now; delete what is older "
+                         f"than that in {path.parent}, or move it away")
     return len(found.images) >= num
 
 
@@ -330,8 +336,8 @@ def load_net(run, record, device):
     """The network of a run on the device, in eval mode; load_ema gives it weights."""
     with reading(f"{run}/args.json", "not written by train.py"):
         net = build_net(record["options"], record["image_shape"], record["classes"])
-    if (then := record.get("network_values")) and not alike(
-            then, network_values(net, record["image_shape"], record["classes"])):
+    today = network_values(net, record["image_shape"], record["classes"])
+    if not alike(record["network_values"], today):
         raise InputError(f"{run}: its network is another one by the code of today; undo the "
                          "change, or give it an option of its own")
     return net.to(device, memory_format=torch.channels_last).eval()
@@ -404,10 +410,23 @@ def parse(argv):
 
 
 def settings_of(args, process):
-    """What the samples are a function of, beside the weights: {option: value}."""
-    settings = {k: list(v) if isinstance(v, tuple) else v       # as a file gives them back
-                for k, v in vars(args).items() if k not in NO_SETTINGS}
-    return settings | ({"clip": process.clip} if args.clip is None else {})
+    """What the samples are a function of, beside the weights: {option: value}.
+
+    Raises InputError where JSON, as which a samples file holds them, cannot.
+    """
+    settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
+    if args.clip is None:
+        settings["clip"] = process.clip
+    try:
+        return json.loads(json.dumps(settings))         # as a file gives them back
+    except TypeError as error:
+        raise InputError(f"a samples file cannot hold these options: {error}") from None
+
+
+def switch_of(settings):
+    """--switch as numbers: the snapshot that takes over, and the time; (None, 0) without one."""
+    step, _, t = settings["switch"].partition("@")
+    return (int(step), float(t)) if step else (None, 0.0)
 
 
 def default_settings(process):
@@ -424,7 +443,7 @@ def sample_with(settings, net, process, shape, images, labels=None, device="cpu"
 
 def to_draw_with(settings, early, late):
     """The net(xt, t, labels) that the sampler asks: `late` from the time of --switch on."""
-    switch_at = float(settings["switch"].partition("@")[2] or 0)
+    _, switch_at = switch_of(settings)
 
     def net(xt, t, labels):
         # Asking for t waits for the device; without a switch there is nothing to ask.
@@ -472,7 +491,7 @@ def network(args, process, settings, record, device):
     early = late = compiled(net, device, args.compile)
     if args.switch:
         second = load_net(args.run, record, device)
-        load_ema(second, args.run, record, int(args.switch.split("@")[0]))
+        load_ema(second, args.run, record, switch_of(settings)[0])
         late = compiled(second, device, args.compile)
     chosen = to_draw_with(settings, early, late)
 
@@ -495,7 +514,7 @@ def main(argv=None):
     sampling_times(process, settings["sampling_steps"])     # may raise, before any work
     steps = snapshots(args.run)
     wanted = [("--steps-only", step) for step in args.steps_only or ()]
-    wanted += [("--switch", int(args.switch.split("@")[0]))] if args.switch else []
+    wanted += [("--switch", switch_of(settings)[0])] if args.switch else []
     for flag, step in wanted:
         if step not in steps:
             raise InputError(f"{flag} {step}: {args.run}/snapshots has no snapshot of that step")

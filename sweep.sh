@@ -48,7 +48,10 @@ if [[ $1 == -h || $1 == --help ]]; then
   sed -n -e '/^set /q' -e '2,$s/^# \{0,1\}//p' "$0"
   exit
 fi
-cores=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN || true)} cpus=cpu
+if [[ -z ${PYTHON:-} ]]; then PYTHON=$(command -v python || echo python3); fi
+command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"
+usable='import os; f = getattr(os, "sched_getaffinity", None); print(len(f(0)) if f else os.cpu_count())'
+cores=${SLURM_CPUS_ON_NODE:-$("$PYTHON" -c "$usable" || true)} cpus=cpu
 [[ $cores =~ ^[1-9][0-9]*$ ]] || cores=1
 for ((k = 1; k < cores; k++)); do cpus+=" cpu"; done
 
@@ -129,13 +132,13 @@ elif [[ -z ${GPUS:-} ]]; then                           # nvidia-smi prints its 
   GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep '^[0-9]*$' || true)
 fi
 : "${GPUS:=$without_gpu}"
-if [[ -z ${PYTHON:-} ]]; then PYTHON=$(command -v python || echo python3); fi
-command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"
 [[ $IMAGES =~ ^[1-9][0-9]*N?$ ]] || die "IMAGES=$IMAGES: must be one whole number, or like 724N"
 [[ $DATA != *[[:space:]]* ]] || die "DATA=$DATA: a path without spaces, please"
 [[ $DESIGN =~ ^(one|full)$ ]] || die "DESIGN=$DESIGN: must be one (factor at a time) or full"
 [[ $KEEP =~ ^(all|last|none)$ ]] || die "KEEP=$KEEP: must be all, last or none"
 read -r -d '' -a slots <<<"$GPUS" || true
+read -r -d '' -a sampling <<<"$SAMPLE" || true
+read -r -d '' -a measuring <<<"$MEASURE" || true
 ((${#slots[@]})) || die "GPUS: names no device"
 if [[ -n $given && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then      # others may not be ours
   for slot in "${slots[@]}"; do
@@ -221,17 +224,15 @@ stage() {               # a script of ours with its options, its output to the r
 }
 
 run_one() {             # the row $1 on `device`
-  local name state options more only rows         # the last two are what `ask` takes and gives
+  local name state options only rows         # the last two are what `ask` takes and gives
   IFS=$'\t' read -r name state _ <<<"$1"
   read -r -a options <<<"${1##*$'\t'}"
   echo "start  $name"
   if [[ $state != measuring* ]]; then   # for which the weights may be gone (KEEP)
     stage train.py "${options[@]}" --out "$OUT/$name" --device "$device" || return 1
-    read -r -d '' -a more <<<"$SAMPLE" || true
-    stage sample.py "$OUT/$name" --device "$device" ${more[@]+"${more[@]}"} || return 1
+    stage sample.py "$OUT/$name" --device "$device" ${sampling[@]+"${sampling[@]}"} || return 1
   fi
-  read -r -d '' -a more <<<"$MEASURE" || true
-  stage measure.py "$OUT/$name" --device "$device" ${more[@]+"${more[@]}"} || return 1
+  stage measure.py "$OUT/$name" --device "$device" ${measuring[@]+"${measuring[@]}"} || return 1
   if [[ $KEEP != all ]]; then only=$name && ask && tidy "${rows[0]}"; fi
   echo "done   $name"
 }
@@ -248,16 +249,15 @@ tidy() {                # remove the weights that KEEP does not keep; only if th
 }
 
 teach() {               # what experiment $lesson does with each of its runs, and what they show
-  local row name run device twin more
+  local row name run device twin
   on_device "${slots[0]}"
-  read -r -d '' -a more <<<"$SAMPLE" || true
   for row in "${rows[@]}"; do
     name=${row%%$'\t'*}
     run=$OUT/$name
     case $lesson in
     3)
-      "$PYTHON" "$home/sample.py" "$run" --exact --device "$device" ${more[@]+"${more[@]}"}
-      "$PYTHON" "$home/measure.py" "$run" --device "$device"
+      "$PYTHON" "$home/sample.py" "$run" --exact --device "$device" ${sampling[@]+"${sampling[@]}"}
+      "$PYTHON" "$home/measure.py" "$run" --device "$device" ${measuring[@]+"${measuring[@]}"}
       ;;
     5)                  # with the run of the same seed that has other images
       for twin in "${rows[@]%%$'\t'*}"; do
@@ -265,7 +265,7 @@ teach() {               # what experiment $lesson does with each of its runs, an
         "$PYTHON" "$home/measure.py" "$run" --twin "$OUT/$twin" --device "$device"
       done
       ;;
-    6) "$PYTHON" "$home/measure.py" "$run" --planted --device "$device" ;;
+    6) "$PYTHON" "$home/measure.py" "$run" --planted --device "$device" ${measuring[@]+"${measuring[@]}"} ;;
     7) "$PYTHON" "$home/measure.py" "$run" --denoisers --device "$device" ;;
     esac
   done
@@ -276,6 +276,7 @@ work() {                # on the device $1, one after the other, the runs that n
   local device k
   on_device "$1"
   for ((k = 0; k < ${#todo[@]}; k++)); do
+    kill -0 $$ 2>/dev/null || break     # this script has been killed: nothing new begins
     if mkdir "$claims/$k" 2>/dev/null; then run_one "${todo[k]}" || true; fi
   done
 }
@@ -291,7 +292,7 @@ if [[ -z $only ]]; then
   lock() { "$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>&1; }
   if ! error=$(lock) && sleep 2 && ! error=$(lock); then
     [[ $error == *BlockingIOError* ]] || die "OUT=$OUT: cannot be locked: ${error##*$'\n'}"
-    die "OUT=$OUT: another sweep, or a run that one left behind, works in this folder"
+    die "OUT=$OUT: another sweep works in this folder, or the runs of one that was killed; wait for them"
   fi
 fi
 todo=()

@@ -49,8 +49,8 @@ def expand(value, x):
 
 def q_sample(process, x0, t, eps):
     """xt = a(t) x0 + s(t) eps, t (B,) in [0, 1] (Ho, eq. 4; Liu, eq. 1, with time reversed)."""
-    a, s = process.schedule(t)
-    return expand(a, x0) * x0 + expand(s, x0) * eps
+    a, s, _, _ = process.coefficients(t, x0)
+    return a * x0 + s * eps
 
 
 def diffusion_loss(net, process, x0, t, eps, labels=None):
@@ -61,12 +61,13 @@ def diffusion_loss(net, process, x0, t, eps, labels=None):
 
 # --- Noise processes: t from 0, the image, to 1, nothing but noise --------------------------------
 
-DDPM_T = 1000                   # DDPM's number of steps; betas are scaled by 1000 / DDPM_T
+DDPM_T = 1000      # DDPM's number of steps, above 20; betas are scaled by 1000 / DDPM_T
 
 class Process(NamedTuple):
     """A noise process, and what the network predicts in it.
 
-    schedule(t) -> a, s: the shares of image and noise in xt = a x0 + s eps, for t (B,) in [0, 1].
+    schedule(t) -> a, s: the shares of image and noise in xt = a x0 + s eps, for t (B,) in [0, 1];
+        s(1) is 1 or nearly: sampling starts from standard normal noise.
     predicts(a, s) -> c, d: the network predicts c x0 + d eps.
     T: the number of discrete times k/T, k = 1 .. T; 0 where time is continuous.
     clip: whether sample.py clamps x0 to [-1, 1]: needed where eps is predicted, a(1) near 0.
@@ -277,7 +278,9 @@ class UNet(nn.Module):
     def forward(self, xt, t, labels=None):
         """The prediction (B, C, S, S) at xt (B, C, S, S), t (B,) in [0, 1], labels int64 (B,)."""
         embedding = self.time(time_features(t, self.embed))         # (B, embed)
-        if self.label is not None:      # a row of the table, as a product: its backward is one, too
+        if self.label is not None:
+            # The label's row of the table as a product with a one-hot vector: the backward of
+            # nn.Embedding is not deterministic on CUDA. A label outside the classes is no class.
             one_hot = labels[:, None] == torch.arange(self.classes, device=t.device)
             embedding = embedding + one_hot.to(embedding.dtype) @ self.label.weight
         embedding = F.silu(embedding)
@@ -315,7 +318,7 @@ def _permutation(n, seed, epoch, device):
 
 
 def batch_indices(n, batch, seed, step, device="cpu"):
-    """The images of step 1, 2, ..., indices int64 (batch,); an epoch visits each image once."""
+    """The images of a step, 1, 2, ..., as indices int64 (batch,); an epoch visits each once."""
     first = (step - 1) * batch
     epochs = range(first // n, (first + batch - 1) // n + 1)
     order = torch.cat([_permutation(n, seed, epoch, device) for epoch in epochs])
@@ -427,6 +430,8 @@ def save_and_evaluate(state, splits, args, out, rate):
 
 # --- Evaluation, weightings of the loss -----------------------------------------------------------
 
+LEVELS = 10                     # the loss is also kept in ten equal slices of t
+
 
 @torch.inference_mode()
 def evaluate(net, process, images, labels, count, amp="auto"):
@@ -466,81 +471,11 @@ def sigmoid_weight(process, t, bias=2.0):
         h, first = 1e-3 * t * (1 - t), 0
     before, after = (t - h).clamp(min=first), (t + h).clamp(max=1)
     slope = (process.log_snr(after) - process.log_snr(before)) / (after - before)
-    a, s, c, d = process.coefficients(t, t)
+    a, s, c, d = process.coefficients(t, t)     # t in the images' place: all stay (B,)
     return (-slope * torch.sigmoid(bias - process.log_snr(t)) * (a / (a * d - s * c)) ** 2).float()
 
 
 WEIGHTINGS = {"uniform": lambda process, t: 1.0, "sigmoid": sigmoid_weight}
-
-
-def fingerprint(process):
-    """12 hex digits of what a process computes, whatever it is called."""
-    t = process.time(torch.arange(1, 64, dtype=torch.float64) / 64)
-    values = torch.stack([torch.as_tensor(v).expand_as(t) for v in process.coefficients(t, t)])
-    values = values.double().mul(1e6).round().long()
-    return hashlib.sha256(values.numpy().tobytes() + f"{process.T}".encode()).hexdigest()[:12]
-
-
-class Affine(nn.Module):
-    """A network of two numbers, w xt + b + label, for step_values; in float64, since they hardly
-    move. It has an idle matrix, too, for optimizers that take nothing else."""
-
-    def __init__(self, w):
-        super().__init__()
-        self.parts = nn.Parameter(torch.tensor([w, 0.0], dtype=torch.float64))
-        self.idle = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
-
-    def forward(self, xt, t, labels=None):
-        w, b = self.parts.unbind()
-        return w * xt + b + (0 if labels is None else labels.view(-1, 1, 1, 1))
-
-
-def step_values(options):
-    """What the code of today makes of three training steps with these options: three losses, and by
-    how many lr two weights and their averages move; of a network of these two on noise, once with
-    small and once with large gradients, which a clipping would cut. If they change, so has the
-    loss, its weighting, what a step draws, the optimizer or the average.
-    """
-    args = argparse.Namespace(**options | {"batch": 64, "amp": "off"})
-    images = torch.randint(256, (64, 4, 4, 1), dtype=torch.uint8, generator=generator("cpu"))
-    labels = torch.zeros(64, dtype=torch.int64) if args.conditional else None
-    values = []
-    for w in (0.5, 20.0):
-        with torch.random.fork_rng(devices=[]):
-            state = fresh_state(args, Affine(w), torch.device("cpu"))
-            for step in (1, 2, 3):
-                loss = training_loss(state.net, (images, labels), args, step)
-                update(state, loss, step, args.ema)
-                values.append(float(loss.detach()))
-        parts = [weights for weights in (*state.weights, *state.averages) if weights.dim() == 1]
-        values += ((torch.cat(parts) - Affine(w).parts.repeat(2)) / args.lr).tolist()
-    return values
-
-
-def network_values(net, image_shape, classes):
-    """Sixteen numbers that a network, just built by the code of today, gives on the CPU, and as
-    many in training mode, by which dropout shows. If they change, so has the network. It comes back
-    with other weights, in evaluation mode.
-    """
-    size, _, channels = image_shape
-    g = generator("cpu", "network")
-    with torch.no_grad():
-        for p in net.parameters():      # what starts at 0 would hide all that comes before it
-            p.copy_(torch.randn(p.shape, generator=g) * (max(1, *p.shape[:1]) / p.numel()) ** 0.5)
-        x = torch.randn(2, channels, size, size, generator=g)
-        seen = x, torch.tensor([0.2, 0.7]), torch.arange(2) % classes if classes else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            trained = copy.deepcopy(net).train()(*seen)
-        y = torch.stack([net.eval()(*seen), trained]).flatten(1)
-    return y[:, torch.linspace(0, y.shape[1] - 1, 16).long()].flatten().tolist()
-
-
-def alike(then, now, rounding=1e-3):
-    """Whether two lists of what the code computes are equal but for rounding. Of a run from before
-    they were recorded, None, or fewer, there is as much to compare as it has."""
-    return then is None or now is None or bool(len(then) <= len(now) and np.allclose(
-        then, now[:len(then)], rounding, rounding, equal_nan=True))
 
 
 def evaluation_steps(steps, per_doubling=2, first=64):
@@ -551,7 +486,6 @@ def evaluation_steps(steps, per_doubling=2, first=64):
 
 # --- Data -----------------------------------------------------------------------------------------
 
-LEVELS = 10                     # the loss is also kept in ten equal slices of t
 HELD_OUT = 5120                 # the study's held-out set: the first 5,120 test images
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")       # of an .npz file
 
@@ -658,6 +592,17 @@ def resize(images, size):
     return torch.cat(parts).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def read_data(name):
+    """All images of digits, cifar10 or an .npz file, as Data; toy's are drawn, see toy_images."""
+    if name == "digits":
+        return _digits()
+    if name == "cifar10":
+        return _download_cifar10()
+    if str(name).endswith(".npz"):
+        return _npz_data(name)
+    raise InputError(f"--data {name}: unknown; use toy, digits, cifar10 or an .npz file")
+
+
 def load_data(name, n, size=None, offset=0, divides=False):
     """The training images offset .. offset+n of `name` and the first 5,120 held-out images, or all
     where there are fewer.
@@ -682,9 +627,7 @@ def load_data(name, n, size=None, offset=0, divides=False):
             raise InputError(f"--n {n}: with --offset {offset}, toy has only 1,000,000 images")
         images, labels = toy_images(offset + n, size or 16, split=0)
         return Data(images[offset:], labels[offset:], *toy_images(HELD_OUT, size or 16, split=1))
-    if name not in ("digits", "cifar10") and not str(name).endswith(".npz"):
-        raise InputError(f"--data {name}: unknown; use toy, digits, cifar10 or an .npz file")
-    data = {"digits": _digits, "cifar10": _download_cifar10}.get(name, lambda: _npz_data(name))()
+    data = read_data(name)
     if offset + n > len(data.train_images):
         raise InputError(f"--n {n}: with --offset {offset}, {name} has only "
                          f"{len(data.train_images)} training images")
@@ -722,11 +665,11 @@ def load_subset(run, record, data=None):
     """
     options = record["options"]
     loaded = load_data(data or options["data"], options["n"], options["size"], options["offset"])
-    if options["conditional"] and record.get("heldout_sha256") != hash_of(*loaded[2:]):
-        loaded = of_known_classes(loaded)           # older runs held out all classes
+    if options["conditional"]:
+        loaded = of_known_classes(loaded)
     for images, key, words in ((loaded[:2], "subset_sha256", "was trained on"),
                                (loaded[2:], "heldout_sha256", "held out")):
-        if record.get(key) not in (None, hash_of(*images)):
+        if record[key] != hash_of(*images):
             raise InputError(f"--data {data or options['data']}: not the images that {run} {words}")
     return loaded
 
@@ -760,9 +703,10 @@ def as_shown(images, labels, flip):
 
 def data_on(device, data, classes):
     """{"train", "heldout": (images, labels)} on the device, labels None where classes is 0."""
-    tensors = [torch.from_numpy(array).to(device) for array in data]
-    return {name: (images, labels if classes else None)
-            for name, images, labels in (("train", *tensors[:2]), ("heldout", *tensors[2:]))}
+    images, labels, heldout, heldout_labels = (torch.from_numpy(x).to(device) for x in data)
+    if not classes:
+        labels = heldout_labels = None
+    return {"train": (images, labels), "heldout": (heldout, heldout_labels)}
 
 
 # --- Options --------------------------------------------------------------------------------------
@@ -799,8 +743,8 @@ def make_parser():
     training("--weighting", choices=WEIGHTINGS, default="uniform", help="weight of the loss by "
              "noise level; sigmoid is SiD2's, with bias 2; evaluations are not weighted")
     training("--seed", type=int, default=0, help="of initial weights, batches, times and noise")
-    training("--ema", type=float, default=0.9999, help="decay of the weights' moving average; the "
-             "first steps use min(EMA, (1 + step) / (10 + step))")
+    training("--ema", type=float, default=0.9999, help="decay of the weights' moving average; "
+             "while it is lower, up to step 89,990 for .9999, (1 + step) / (10 + step)")
     evaluation = p.add_argument_group("evaluation and files").add_argument
     evaluation("--evals-per-doubling", type=int, default=2, help="evaluations per doubling of step")
     evaluation("--first-eval", type=int, default=64, help="step of the first evaluation")
@@ -823,7 +767,7 @@ def parse(argv):
     if args.steps is not None and args.images is not None:
         raise InputError("--steps and --images: give one of them")
     for name, limit in {"n": 1e15, "batch": 1e15, "steps": 1e15, "images": 1e15, "first_eval": 1e15,
-                        "evals_per_doubling": 1e3, "eval_images": 1e7, "lr": math.inf}.items():
+                        "evals_per_doubling": 1e3, "eval_images": 2**23, "lr": math.inf}.items():
         value = getattr(args, name)
         if value is not None and not 0 < value < limit:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below "
@@ -905,7 +849,7 @@ def set_up(args, record, out, net, device, rank=0):
     state = fresh_state(args, net, device, identity(record))
     state.load(out, args.steps, rank)
     if rank == 0:
-        state.announce(out, record)
+        state.write_record(out, record)
     return state
 
 
@@ -931,7 +875,7 @@ class State:
         self.weights, self.averages = list(net.parameters()), list(average.parameters())
         self.buffers = list(zip(average.buffers(), net.buffers(), strict=True))
         # As they are before any step: a schedule may change them.
-        self.settings = settings_of(optimizer.state_dict())
+        self.settings = optimizer_settings(optimizer)
 
     def load(self, out, steps, rank=0):
         """Take last.pt, if there is one; a run that has ended may have lost it since.
@@ -944,11 +888,9 @@ class State:
             with reading(path, DELETE_ADVICE):
                 self.net.load_state_dict(last["net"])
                 self.average.load_state_dict(last["ema"])
-                then = last.get("optimizer_settings", settings_of(last["optimizer"]))
+                then = last["optimizer_settings"]
                 other = sorted({key for new, old in zip(self.settings, then, strict=True)
                                 for key in new.keys() & old.keys() if new[key] != old[key]})
-                other += ["class"] * (last.get("optimizer_class", type(self.optimizer).__name__)
-                                      != type(self.optimizer).__name__)
                 self.optimizer.load_state_dict(last["optimizer"])
                 if last["scaler"]:              # empty where the run began without float16
                     self.scaler.load_state_dict(last["scaler"])
@@ -969,11 +911,12 @@ class State:
         """Whether the weights are those of the last row of log.csv."""
         return bool(self.rows) and int(self.rows[-1]["step"]) == self.step
 
-    def announce(self, out, record):
+    def write_record(self, out, record):
         """Write args.json where it says something else, and log.csv as last.pt knows it."""
-        old = read_run(out) if (out / "args.json").exists() else {"options": None}
-        if old["options"] != record["options"]:     # what it began with stays
-            record = record | {k: old[k] for k in ("versions", "git_commit") if k in old}
+        old = run_in(out)
+        if old is None or old["options"] != record["options"]:
+            if old:                                 # what it began with stays
+                record = record | {k: old[k] for k in ("versions", "git_commit")}
             text = json.dumps(record | {"checksum": checksum(record)}, indent=1) + "\n"
             write_atomic(out / "args.json", lambda file: file.write(text.encode()))
         if self.rows:
@@ -984,9 +927,8 @@ class State:
         save(out / "last.pt", {
             "run": self.run, "step": self.step, "seconds": self.seconds, "rows": self.rows,
             "net": self.net.state_dict(), "ema": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "optimizer_class": type(self.optimizer).__name__,
-            "optimizer_settings": self.settings})
+            "optimizer": self.optimizer.state_dict(), "optimizer_settings": self.settings,
+            "scaler": self.scaler.state_dict()})
 
     def save_snapshot(self, out):
         """Write snapshots/STEP.pt, the averaged weights."""
@@ -994,10 +936,10 @@ class State:
              {"run": self.run, "step": self.step, "ema": self.average.state_dict()})
 
 
-def settings_of(optimizer):
-    """The settings (lr, betas, ...) in the state of an optimizer, a dict per group of weights."""
-    return [{key: value for key, value in group.items() if key != "params"}
-            for group in optimizer["param_groups"]]
+def optimizer_settings(optimizer):
+    """An optimizer's class and settings (lr, betas, ...), a dict per group of weights."""
+    return [group | {"class": type(optimizer).__name__, "params": None}
+            for group in optimizer.param_groups]
 
 
 def describe(args, data, net, classes):
@@ -1042,16 +984,20 @@ def read_run(run):
             raise InputError(f"{path}: changed since train.py wrote it; undo that or, if it is "
                              "meant, remove its checksum")
         options = vars(make_parser().parse_args([])) | record["options"]
-        record |= {"options": options, "free": FREE,
-                   "labels": record.get("labels", list(range(record["classes"])))}
+        record |= {"options": options, "free": FREE}
         check_record(record)
         process = PROCESSES.get(options["process"])
     if process is None:
         raise InputError(f"{path}: --process {options['process']} is none that train.py knows")
-    if record.get("process_fingerprint", fingerprint(process)) != fingerprint(process):
+    if record["process_fingerprint"] != fingerprint(process):
         raise InputError(f"{path}: --process {options['process']} computes something else today "
                          "than when this run was trained")
     return record
+
+
+def run_in(folder):
+    """The record of a run folder, as read_run gives it; None where there is no run yet."""
+    return read_run(folder) if (Path(folder) / "args.json").exists() else None
 
 
 def checksum(record):
@@ -1071,13 +1017,93 @@ def check_record(record):
             raise ValueError(f"{action.dest}: {value}")
     shape, classes, labels = (record[key] for key in ("image_shape", "classes", "labels"))
     numbers = {type(v) for v in (*shape, *labels, classes, record["options"]["steps"])}
-    values = [*(record.get("step_values") or ()), *(record.get("network_values") or ())]
+    values = [*record["step_values"], *record["network_values"]]
     if not (numbers == {int} and {type(v) for v in values} <= {int, float}
             and shape[0] == shape[1] in range(4, 2**16) and shape[2:] in ([1], [3])
             and min(labels, default=0) >= 0 and (not classes or max(labels) < classes <= 10**4)
-            and isinstance(record["subset_sha256"], str)
-            and isinstance(record.get("defaults", {}), dict)):
+            and all(isinstance(record[key], str) for key in (
+                "subset_sha256", "heldout_sha256", "process_fingerprint", "git_commit"))
+            and isinstance(record["versions"], dict) and isinstance(record["defaults"], dict)):
         raise ValueError("fields of another kind")
+
+
+# --- Does today's code compute what a run began with? Asked by value, not by source ---------------
+
+
+def fingerprint(process):
+    """12 hex digits of what a process computes, whatever it is called."""
+    t = process.time(torch.arange(1, 64, dtype=torch.float64) / 64)
+    values = torch.stack([torch.as_tensor(v).expand_as(t) for v in process.coefficients(t, t)])
+    values = values.double().mul(1e6).round().long()
+    return hashlib.sha256(values.numpy().tobytes() + f"{process.T}".encode()).hexdigest()[:12]
+
+
+class Affine(nn.Module):
+    """A network of two numbers, w xt + b + label, for step_values; in float64, since they hardly
+    move. It has an idle matrix, too, for optimizers that take nothing else."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.parts = nn.Parameter(torch.tensor([w, 0.0], dtype=torch.float64))
+        self.idle = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+
+    def forward(self, xt, t, labels=None):
+        w, b = self.parts.unbind()
+        return w * xt + b + (0 if labels is None else labels.view(-1, 1, 1, 1))
+
+
+def step_values(options):
+    """What the code of today makes of three training steps and an evaluation with these options.
+
+    Of a network of two weights, on noise, once with small and once with large gradients, which a
+    clipping would cut: three losses, and by how many lr the weights and their averages move; then
+    the evaluation's losses, all and by level. If they change, so has the loss, its weighting, what
+    a step draws, the optimizer, the average or the evaluation.
+    """
+    args = argparse.Namespace(**options | {"batch": 64, "amp": "off"})
+    images = torch.randint(256, (64, 4, 4, 1), dtype=torch.uint8, generator=generator("cpu"))
+    labels = torch.zeros(64, dtype=torch.int64) if args.conditional else None
+    values = []
+    for w in (0.5, 20.0):
+        with torch.random.fork_rng(devices=[]):
+            state = fresh_state(args, Affine(w), torch.device("cpu"))
+            for step in (1, 2, 3):
+                loss = training_loss(state.net, (images, labels), args, step)
+                update(state, loss, step, args.ema)
+                values.append(float(loss.detach()))
+        parts = [weights for weights in (*state.weights, *state.averages) if weights.dim() == 1]
+        values += ((torch.cat(parts) - Affine(w).parts.repeat(2)) / args.lr).tolist()
+    mean, levels = evaluate(state.average, PROCESSES[args.process], images, labels, 300, args.amp)
+    return [*values, float(mean), *levels.tolist()]
+
+
+def network_values(net, image_shape, classes):
+    """Sixteen numbers that a network, just built by the code of today, gives on the CPU, and as
+    many in training mode, by which dropout shows. If they change, so has the network. It comes back
+    with other weights, in evaluation mode.
+    """
+    size, _, channels = image_shape
+    g = generator("cpu", "network")
+    with torch.no_grad():
+        for p in net.parameters():      # what starts at 0 would hide all that comes before it
+            fan_in = math.prod(p.shape[1:])
+            p.copy_(torch.randn(p.shape, generator=g) * max(1, fan_in) ** -0.5)
+        x = torch.randn(2, channels, size, size, generator=g)
+        seen = x, torch.tensor([0.2, 0.7]), torch.arange(2) % classes if classes else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            trained = copy.deepcopy(net).train()(*seen)
+        y = torch.stack([net.eval()(*seen), trained]).flatten(1)
+    return y[:, torch.linspace(0, y.shape[1] - 1, 16).long()].flatten().tolist()
+
+
+def alike(then, now, rounding=1e-3):
+    """Whether two lists of what the code computes agree but for rounding.
+
+    then: of a run; it is shorter where less was recorded when the run began: what it has counts.
+    """
+    return len(then) <= len(now) and np.allclose(then, now[:len(then)], rounding, rounding,
+                                                 equal_nan=True)
 
 
 def differences(old, new):
@@ -1085,19 +1111,20 @@ def differences(old, new):
     names = {k for k, value in new["options"].items()
              if k not in (*FREE, "data") and old["options"].get(k) != value}
     for key, name in (("subset_sha256", "training images"), ("heldout_sha256", "held-out images")):
-        if old.get(key, new.get(key)) != new.get(key):
+        if old[key] != new[key]:
             names.add(name)
-    if not names:                                   # else these are others because of that
-        names = {f"{name}, by the code of today" for key, name, rounding in (
-            ("step_values", "loss, optimizer or training step", 2e-5),
-            ("network_values", "network", 1e-3))
-                 if not alike(old.get(key), new.get(key), rounding)}
+    if names:                                       # then the values below differ because of these
+        return sorted(names)
+    for key, name, rounding in (("network_values", "network", 1e-3),
+                                ("step_values", "loss, optimizer or training step", 2e-5)):
+        if not alike(old[key], new[key], rounding):
+            names.add(f"{name}, by the code of today")
     return sorted(names)
 
 
 def identity(record):
     """16 hex digits of what makes a run this run: its options and its training images."""
-    defaults = vars(make_parser().parse_args([])) | record.get("defaults", {})
+    defaults = vars(make_parser().parse_args([])) | record["defaults"]
     parts = {k: v for k, v in record["options"].items()
              if k not in (*FREE, "data") and v != defaults.get(k)}
     text = json.dumps([parts, record["subset_sha256"], record["options"]["process"]],
@@ -1116,7 +1143,7 @@ def claimed(out, record):
         raise InputError(f"--out {out}: holds files but no args.json; use another folder")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "train", "args.json", "log.csv", "last.pt", "snapshots/*"):
-        old = read_run(out) if (out / "args.json").exists() else None
+        old = run_in(out)
         if old and (different := differences(old, record)):
             raise InputError(f"--out {out}: holds a run with another {', '.join(different)}; "
                              "use another folder")
@@ -1240,7 +1267,7 @@ def seed_network(device, *key):
 
 
 def send(x, device, **more):
-    """A copy of the CPU tensor x on the device, which the host does not wait for."""
+    """The CPU tensor x on the device; the host does not wait for the copy."""
     pinned = x.pin_memory() if torch.device(device).type == "cuda" else x
     return pinned.to(device, non_blocking=True, **more)
 
@@ -1310,12 +1337,13 @@ def wrap(net, args, device, world):
     One process on CUDA replays the launches of a step as two CUDA graphs (reduce-overhead), since
     small networks wait for launches.
     """
-    graphs = {"mode": "reduce-overhead"} if device.type == "cuda" and world == 1 else {}
-    model = compiled(net, device, args.compile, **graphs)
+    one_gpu = device.type == "cuda" and world == 1
+    model = compiled(net, device, args.compile, **({"mode": "reduce-overhead"} if one_gpu else {}))
+    if world == 1:
+        return model
     # Looking for unused weights keeps DDP from regrouping gradients after its first step, which
     # would sum them in another order when a run continues.
-    return (nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1
-            else model)
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def setup_cuda():
@@ -1347,7 +1375,7 @@ class InputError(ValueError):
     """Something the user gave is wrong: one line that names the flag or file and what is wrong."""
 
 
-# What a GPU raises at whatever line the program has come to by then.
+# A GPU's errors surface at some later, unrelated line: nothing may blame a file for them.
 DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
@@ -1419,8 +1447,9 @@ def command_line(main):
         except (MemoryError, RuntimeError) as error:
             code, reason = 1, " ".join(str(error).splitlines()[:2]).strip()
             if memory := out_of_memory(error):
-                message = (f"error: out of {memory} memory; a smaller --batch (train.py) or "
-                           "--batch-size (sample.py), network or --n needs less")
+                message = (f"error: out of {memory} memory; a smaller --batch (train.py; its "
+                           "evaluations take 256 images at once) or --batch-size (sample.py), "
+                           "network or --n needs less")
             elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 message = f"error: torch.compile failed ({reason}); --compile off does without it"
             elif any(t in reason for t in ("no kernel image", "NVIDIA driver", "CUDA driver")):
@@ -1488,12 +1517,13 @@ def row_checks(table, rows):
 def write_csv(path, rows, columns=None):
     """Write a list of dicts as a CSV file, atomically; a cell is empty where a dict lacks its key.
 
-    columns: the header, needed where the list may be empty. The last column, check, is row_checks:
-    a table that is changed later, or is another run's, is refused when it is read. Raises OSError.
+    columns: the header, needed where the list may be empty; read_csv refuses such a table. The last
+    column, check, is row_checks: a table that is changed later, or is another run's, is refused
+    when it is read. Raises OSError.
     """
     text = io.StringIO()
     columns = dict.fromkeys(columns or [key for row in rows for key in row])
-    table = csv.DictWriter(text, [*columns, *["check"] * bool(rows)], lineterminator="\n")
+    table = csv.DictWriter(text, [*columns, "check"] if rows else [*columns], lineterminator="\n")
     table.writeheader()
     table.writerows(row | {"check": check}
                     for row, check in zip(rows, row_checks(path, rows), strict=True))
@@ -1554,8 +1584,9 @@ def main(argv=None):
     """
     args = parse(argv)
     if size := args.size or {"cifar10": 32, "digits": 8, "toy": 16}.get(args.data):
-        with torch.device("meta"):  # names impossible options before anything is read or fetched
-            build_net(vars(args), (size, size, 3), 10 * args.conditional)
+        # On "meta", without memory: impossible options end before anything is read or fetched.
+        with torch.device("meta"):
+            build_net(vars(args), (size, size, 3), 10 if args.conditional else 0)
     device, rank, world = join_processes(pick_device(args.device))
     if args.batch % world:
         raise InputError(f"--batch {args.batch}: {world} processes cannot share it evenly")
@@ -1575,15 +1606,14 @@ def main(argv=None):
     data = of_known_classes(data) if args.conditional else data
     net = build_net(vars(args), data.train_images.shape[1:], classes)
     record = describe(args, data, net, classes)
-    try:                                            # for options of your own
+    try:                        # an option of yours may be of a type that JSON cannot hold
         check_record(json.loads(json.dumps(record)))
     except (TypeError, ValueError) as error:
         raise InputError(f"args.json cannot hold these options: {error}; a number needs type=int "
                          "or type=float in add_argument") from None
-    old = read_run(out) if (out / "args.json").exists() else {"identity": ""}
-    record["defaults"] |= old.get("defaults", {})   # identity goes by those of when it was made
-    if "identity" in old:                           # older runs have none, nor checks in tables
-        record["identity"] = identity(record)
+    if old := run_in(out):                          # its identity goes by the defaults of its day
+        record["defaults"] |= old["defaults"]
+    record["identity"] = identity(record)
     with contextlib.nullcontext() if rank else claimed(out, record):
         wait()                                      # until the first process has the folder
         train(args, record, out, data, net, device, rank, world)

@@ -7,7 +7,6 @@ FUZZ=20 pytest tests/test_faults.py tries twenty times as many damaged files.
 import contextlib
 import csv
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -602,8 +601,7 @@ def test_a_run_made_before_an_option_existed_goes_on(run, tmp_path):
     do(train, run.with_name("whole"), 6)
     options = json.loads((run / "args.json").read_text())["options"]
     del options["weighting"], options["amp"]
-    edit(run, options=options, free=None, defaults=None, labels=None, heldout_sha256=None,
-         process_fingerprint=None)
+    edit(run, options=options, free=None)
     assert do(sample, run, "--num", 5)[:2] == (0, [])
     assert do(train, run, 6)[:2] == (0, [])
     assert (content(torch.load(run / "last.pt"))
@@ -688,7 +686,7 @@ def test_dropout_and_buffers_resume_exactly_and_are_off_in_what_is_logged(world,
     seen = []
 
     def watch(net, *rest, real=train.evaluate):
-        seen.append(net.training or net.drop.training)
+        seen.append(any(module.training for module in net.modules()))
         one, two = real(net, *rest), real(net, *rest)
         assert one[0] == two[0]
         return one
@@ -712,18 +710,18 @@ def test_dropout_and_buffers_resume_exactly_and_are_off_in_what_is_logged(world,
     assert np.array_equal(one.images, two.images)
 
 
-# --- The bits -------------------------------------------------------------------------------------
-
-DIGESTS = {("2.14.1", "AVX512"): "287def38f1bc18e0"}
+# --- The numbers ----------------------------------------------------------------------------------
 
 
-def test_the_weights_have_the_bits_that_they_had(world):
-    here = torch.__version__.split("+")[0], torch.backends.cpu.get_cpu_capability()
-    if here not in DIGESTS:
-        pytest.skip(f"no digest is known for torch {here[0]} with {here[1]}")
-    last = torch.load(world / "r/last.pt", weights_only=True)
-    digest = hashlib.sha256()
-    for part in ("net", "ema"):
-        for key in sorted(last[part]):
-            digest.update(last[part][key].numpy().tobytes())
-    assert digest.hexdigest()[:16] == DIGESTS[here]
+@pytest.mark.parametrize(("more", "train_losses", "heldout_losses"), [
+    ((), (0.9842956, 0.9386953, 0.8653479), (0.9831785, 0.9418041, 0.8705409)),
+    (("--process", "flow", "--weighting", "sigmoid", "--flip"),
+     (1.3346487, 1.3107649, 1.2960135), (1.3070832, 1.2892339, 1.2778442))])
+def test_a_run_has_the_losses_that_it_had(tmp_path, more, train_losses, heldout_losses):
+    # So what is random, the network, the loss, the optimizer and the evaluation are those of every
+    # other machine and version. CPUs of all kinds agree to 1e-7.
+    write_data(tmp_path / "data.npz")
+    assert do(train, tmp_path / "r", 8, "--lr", "1e-2", *more)[0] == 0
+    for split, values in (("train", train_losses), ("heldout", heldout_losses)):
+        logged = [float(row[f"{split}_loss"]) for row in train.read_csv(tmp_path / "r/log.csv")]
+        assert logged == pytest.approx(values, rel=1e-5)

@@ -5,6 +5,7 @@ input.
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -334,6 +335,29 @@ def test_a_setting_of_several_numbers_names_its_samples(sampled_run, tmp_path, m
     sample.main([*argv, "--interval", "0.1", "0.8"])
     out = capsys.readouterr().out
     assert out.count("0 of 5") == 2 and (run / "samples/steps5_interval0.1-0.8").is_dir()
+
+
+def test_an_option_of_a_type_that_json_lacks_is_refused_before_any_work(sampled_run, tmp_path,
+                                                                        refused, monkeypatch):
+    def more(real=sample.make_parser):
+        parser = real()
+        parser.add_argument("--guide", type=Path)
+        return parser
+    monkeypatch.setattr(sample, "make_parser", more)
+    run = shutil.copytree(sampled_run, tmp_path / "r")
+    refused(sample.main, [str(run), "--num", "4", "--guide", "a/b"], "cannot hold these options")
+    assert not list((run / "samples").rglob("*guide*"))
+
+
+def test_a_path_in_an_option_makes_one_folder():
+    settings = sample.default_settings(PROCESSES["flow"]) | {"guide": "runs/other"}
+    assert sample.set_name(settings, PROCESSES["flow"]) == "guideruns-other"
+
+
+def test_a_process_that_does_not_end_in_unit_noise_is_refused():
+    exploding = train.Process(lambda t: (1 + 0 * t, 10 * t), train.PREDICTIONS["eps"])
+    with pytest.raises(train.InputError, match="variance 1"):
+        sample.sampling_times(exploding, 10)
 
 
 def test_an_option_of_your_own_belongs_to_the_sampler(sampled_run, tmp_path, refused, monkeypatch,

@@ -198,6 +198,13 @@ def test_out_is_in_the_callers_folder(fake, tmp_path):
     assert (tmp_path / "my runs/N6/done").exists()
 
 
+def test_experiments_that_measure_take_measure_s_options(fake, tmp_path):
+    for lesson, asked in (("3", ""), ("6", " --planted")):
+        text = sweep(tmp_path / lesson, "class", lesson, script=fake, MEASURE="--num 5")
+        lines = re.findall(r"measure.py .*", text)
+        assert lines and all(line.endswith(f"{asked} --device cpu --num 5") for line in lines)
+
+
 def test_no_text_is_evaluated(fake, tmp_path):
     # STATE is what a damaged table says, see FAKE
     for name in ("N", "IMAGES", "SAMPLE", "TRAIN", "VARY", "GPUS", "STATE"):
@@ -262,6 +269,19 @@ def test_what_a_dead_sweep_leaves_behind_holds_the_folder_until_it_ends(fake, tm
         assert "another sweep" in sweep(tmp_path, "toy", script=fake, code=2)
         kill_all(tmp_path)
     assert "2 to do" in sweep(tmp_path, "toy", script=fake)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_a_dead_sweep_begins_no_other_run(fake, tmp_path):
+    env = {**os.environ, **TINY, "OUT": str(tmp_path), "SECONDS_EACH": "1", "GPUS": "cpu"}
+    with subprocess.Popen([SHELL, str(fake), "toy"], env=env, text=True,
+                          stdout=subprocess.PIPE) as process:
+        assert "toy" in process.stdout.readline() and "start" in process.stdout.readline()
+        process.kill()
+        process.wait()
+        while processes_of(tmp_path):
+            time.sleep(0.1)
+    assert "1 to do" in sweep(tmp_path, "toy", script=fake)
 
 
 # What macOS lacks, and options that its tools do not know, by tool; long ones none of them knows.
