@@ -58,6 +58,7 @@ SSCD_PREPARE = (288, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 
+# What this script writes, and where a killed call may have left temporary files; see train.locked.
 WRITTEN = ("metrics.csv", "controls.csv", "spectrum.csv", "duplicates.csv", "planted.csv",
            "denoisers.csv", "twin_*.csv", "neighbours/*", "neighbours/*/*")
 
@@ -246,7 +247,7 @@ def sliced_wasserstein(x, y, projections=SW_PROJECTIONS):
     replacement have fewer different points. nan for n < 10.
     """
     n, groups = len(x), 10 if len(x) >= 10 else 0
-    # In a row, not in turn: every tenth sample may have the same class.
+    # A tenth is a run of neighbours: of ten classes in turn, every tenth sample has the same one.
     member = torch.arange(n, device=x.device) * groups // n
     total, without = 0.0, torch.zeros(groups, dtype=torch.float64)
     theta = torch.randn(projections, x.shape[1], dtype=torch.float64,
@@ -288,8 +289,8 @@ def kid(x, y):
 def precision_recall(samples, real, k=3):
     """Share of samples inside the real manifold, and of real vectors inside the samples'.
 
-    Kynkaanniemi, eq. 1-3. (n, D), (m, D). A manifold is the union of balls around its points, each
-    reaching to the point's k-th nearest other one. Both nan where a set has k vectors or fewer.
+    Kynkaanniemi, eq. 1 and 2. (n, D), (m, D). A manifold is the union of balls around its points,
+    each reaching to the point's k-th nearest other one. nan where a set has k vectors or fewer.
     """
     if min(len(samples), len(real)) <= k:
         return math.nan, math.nan
@@ -446,7 +447,7 @@ def replaced(c):
         return {}
     x, held = c.subset.references["train"][c.nearest[:c.count]], c.subset.references["heldout"]
     row = distances_of(x, held, f"{c.subset.space.name}_replaced")
-    return {key: value for key, value in row.items() if "error" not in key}
+    return {k: v for k, v in row.items() if not k.startswith(("kid_error", "sw_error"))}
 
 
 def gradient_energy(images):
@@ -531,7 +532,8 @@ def similarity(c):
 
 METRICS = (copying, authenticity, fidelity, replaced, sharpness, nearest_rms, mixture, blurred,
            near_samples, similarity)
-NULLS = ("copy_ratio", "copy_low", "copy_high", "auth_share", "sscd")   # held-out images' beside
+# What a row of metrics.csv also has for held-out images, as null_...: columns by how they begin.
+NULLS = ("copy_ratio", "copy_low", "copy_high", "auth_share", "sscd")
 
 
 def columns_of(metric, c):
@@ -594,8 +596,7 @@ def measure_controls(run, subset, exact):
         row = {"name": name, "images": len(c.images), "compared": c.count,
                "made_of": digest_of(c.images, c.neighbours[1])[:8]}
         code, before = codes_today(), old.get(name, {})
-        if (all(str(value) == before.get(key) for key, value in row.items()) and codes_of(before)
-                and all(code.get(metric, was) == was for metric, was in codes_of(before).items())):
+        if all(str(v) == before.get(k) for k, v in row.items()) and is_current(before, code):
             row |= before
         for metric, columns in results[name].items():
             others = [other for other, own in results[name].items()
@@ -629,15 +630,7 @@ def measure(args, record, device):
               f"the distances' controls, of {counts[-1]}, depend on the number; --num {counts[0]} "
               "measures all alike", file=sys.stderr, flush=True)
     subset = Subset(data, options["flip"], device, *spaces, max_count=counts[-1])
-    duplicates = [{"image": i, "duplicate_of": group}
-                  for i, group in enumerate(subset.groups.tolist()) if group != i]
-    write_csv(run / "duplicates.csv", duplicates, columns=("image", "duplicate_of"))
-    spectra = [{"name": "", "set": name, "step": step,
-                **power_spectrum(torch.from_numpy(samples.images).to(device))}
-               for (name, step), samples in drawn.items()]
-    write_csv(run / "spectrum.csv", [*spectra,
-                                     {"name": "heldout", **power_spectrum(subset.heldout)},
-                                     {"name": "training", **power_spectrum(subset.train)}])
+    write_duplicates_and_spectra(run, subset, drawn)
     controls = measure_controls(run, subset, exact)
     common = {}
     for columns in controls["heldout"].values():
@@ -651,6 +644,20 @@ def measure(args, record, device):
         write_csv(run / "planted.csv", planted_rows(subset))
         print(f"{run}/planted.csv: what each measure of copying catches", flush=True)
     warn_of_old_twins(run)
+
+
+def write_duplicates_and_spectra(run, subset, drawn):
+    """duplicates.csv; spectrum.csv, of all samples, {(set, step): Samples}, and of real images."""
+    write_csv(run / "duplicates.csv",
+              [{"image": i, "duplicate_of": group}
+               for i, group in enumerate(subset.groups.tolist()) if group != i],
+              columns=("image", "duplicate_of"))
+    spectra = [{"name": "", "set": name, "step": step,
+                **power_spectrum(torch.from_numpy(samples.images).to(subset.train.device))}
+               for (name, step), samples in drawn.items()]
+    spectra += [{"name": "heldout", **power_spectrum(subset.heldout)},
+                {"name": "training", **power_spectrum(subset.train)}]
+    write_csv(run / "spectrum.csv", spectra)
 
 
 def warn_of_old_twins(run):
@@ -686,13 +693,18 @@ def codes_of(row):
     return dict(word.split(":") for word in row.get("code", "").split())
 
 
+def is_current(row, code):
+    """Whether a row was measured by today's code, {metric: code_of it}, as far as its metrics are
+    still there."""
+    then = codes_of(row)
+    return bool(then) and all(code.get(metric, was) == was for metric, was in then.items())
+
+
 def still_true(row, digest, code, spaces):
     """What still holds of a row of metrics.csv: nothing, {}, where the samples (their digest) or
     the code of a metric are others today; nothing in a space whose network's weights are others.
     """
-    measured_by = codes_of(row)
-    if row.get("samples_digest") != digest or not measured_by or any(
-            code.get(metric, old) != old for metric, old in measured_by.items()):
+    if row.get("samples_digest") != digest or not is_current(row, code):
         return {}
     for space in spaces:
         if row.get(f"weights_{space.name}") != space.key[:8]:
@@ -733,8 +745,8 @@ def measure_samples(args, options, drawn, subset, table, columns, common):
     kept, todo = plan(drawn, table, columns, spaces, digests, paths)
     for key, row in kept.items():               # columns stay in their order; new ones follow
         table[key] = row and row | {k: v for k, v in defaults.items() if k not in row} | common
-    if gone := [key for key, row in table.items() if key not in drawn and any(
-            code.get(metric, was) != was for metric, was in codes_of(row).items())]:
+    if gone := [key for key, row in table.items()
+                if key not in drawn and codes_of(row) and not is_current(row, code)]:
         print(f"{run}/metrics.csv: {len(gone)} rows whose samples are gone are of other code than "
               "today's metrics", file=sys.stderr, flush=True)
     print(f"{run}: {len(todo)} of {len(drawn)} snapshots to measure, "
@@ -892,6 +904,7 @@ def measure_denoisers(args, record, device):
         rows = table.get(("", step), [])            # per input, reference and level
         if {row.get("made_of") for row in rows} != {made_of}:
             todo[step] = made_of
+    print(f"{run}: {len(todo)} of {len(steps)} snapshots to compare with denoisers", flush=True)
     if not todo:
         return
     shown, heldout = train.data_on(device, train.load_subset(run, record, args.data),
@@ -962,14 +975,18 @@ def measure_twin(args, record, device):
     Raises InputError where the runs share images, or have no samples with the same settings."""
     runs = [(args.run, record), (args.twin, train.read_run(args.twin))]
     sets, twin_sets = (sample.sample_sets(run) for run, _ in runs)
-    name = min(sets.keys() & twin_sets.keys(), default="")
-    steps = sorted({*sets.get(name, ())} & {*twin_sets.get(name, ())})
-    if not steps:
+    shared = sorted(name for name in sets.keys() & twin_sets.keys()
+                    if {*sets[name]} & {*twin_sets[name]})
+    if not shared:
         raise InputError(f"--twin {args.twin}: no step has samples in both runs")
+    name = shared[0]                            # "", of the default settings, if it is there
+    steps = sorted({*sets[name]} & {*twin_sets[name]})
+    if record["image_shape"] != runs[1][1]["image_shape"]:
+        raise InputError(f"--twin {args.twin}: its pictures are of another size")
     data = [train.load_subset(run, r, args.data) for run, r in runs]
     images, twin_images = ({image.tobytes() for image in d.train_images} for d in data)
-    if shared := len(images & twin_images):
-        raise InputError(f"--twin {args.twin}: the two training sets share {shared} images; "
+    if common := len(images & twin_images):
+        raise InputError(f"--twin {args.twin}: the two training sets share {common} images; "
                          f"train one with --offset {record['options']['n']}")
     subset, twin_subset = (Subset(d, r["options"]["flip"], device)
                            for d, (_, r) in zip(data, runs, strict=True))
@@ -982,12 +999,14 @@ def measure_twin(args, record, device):
             raise InputError(f"--twin {args.twin}: its samples of step {step} have other settings "
                              "or classes")
         contexts = Context(samples.images[:n], subset), Context(twins.images[:n], twin_subset)
-        rows.append({"step": step, **twin_row(*contexts, shift), "made_of": code_of(twin_row),
+        rows.append({"set": name, "step": step, **twin_row(*contexts, shift),
+                     "made_of": code_of(twin_row),
                      "twin": train.identity(runs[1][1])})
     path = args.run / f"twin_{args.twin.name}.csv"
     write_csv(path, rows)
-    print(f"{path}: {len(rows)} steps; at the last, agreement {rows[-1]['agreement']:.3f}, of "
-          f"pairs from different noise {rows[-1]['null_agreement']:.3f}", flush=True)
+    print(f"{path}: {len(rows)} steps of samples/{name}; at the last, agreement "
+          f"{rows[-1]['agreement']:.3f}, of pairs from different noise "
+          f"{rows[-1]['null_agreement']:.3f}", flush=True)
 
 
 # ==================================================================================================
@@ -998,9 +1017,9 @@ def measure_twin(args, record, device):
 
 # All code that can matter, files of your own beside this one and in folders beside it included.
 HERE = Path(__file__).parent
-FILES = "".join(path.read_text() for depth in ("[!.]*.py", "[!.]*/[!.]*.py")
-                for path in sorted(HERE.glob(depth))
-                if path.name != "plot.py" and path.parent.name != "tests")
+FILES = "".join(path.read_text(errors="replace") for depth in ("[!.]*.py", "[!.]*/[!.]*.py")
+                for path in sorted(HERE.glob(depth)) if path.is_file()
+                and path.name != "plot.py" and path.parent.name != "tests")
 say_once = functools.cache(functools.partial(print, flush=True))
 source_of = functools.cache(inspect.getsource)
 
@@ -1039,26 +1058,34 @@ def names_in(source):
 def code_of(function):
     """8 hex digits of the source of a metric and of all that it uses, in this file and in files of
     your own beside it: whatever a name in the source stands for, and so on."""
-    things, sources = [function, Context, Subset], []
-    for thing in things:                        # which grows
-        sources.append(source_of(thing))
+    followed, said = [function, Context, Subset], []
+    for thing in followed:                      # which grows
+        said.append(source_of(thing))
         known = vars(sys.modules[thing.__module__])
-        for name in sorted(names_in(sources[-1]) & known.keys()):
-            value = known[name]
-            inside = [*value.values()] if isinstance(value, dict) else [value]
-            if inside and all(inspect.isroutine(v) or inspect.isclass(v) for v in inside):
-                if isinstance(value, dict):
-                    sources.append([(k, getattr(v, "__qualname__", "")) for k, v in value.items()])
-                for v in inside:
-                    own = v.__module__ == __name__ or is_own(sys.modules.get(v.__module__))
-                    things += [v] * (own and v not in [*things, cached, digest_of])
-            elif is_own(value):
-                sources.append(source_of(value))
-            elif isinstance(value, (int, float, str, tuple, list, dict, np.generic,
-                                    np.ndarray, torch.Tensor)):
-                tensor = isinstance(value, (np.ndarray, torch.Tensor))
-                sources += [name, torch.as_tensor(value) if tensor else value]
-    return digest_of(*sources)[:8]
+        for name in sorted(names_in(said[-1]) & known.keys()):
+            said += [name, *parts_of(known[name], followed)]
+    return digest_of(*said)[:8]
+
+
+def parts_of(value, followed):
+    """What to digest of a value that a name in a source stands for: constants by value, containers
+    part by part, modules of your own by their source. Functions and classes that are the project's
+    or yours go into the list `followed`."""
+    if isinstance(value, (dict, list, tuple, set, frozenset)):
+        items = value.items() if isinstance(value, dict) else value
+        items = sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items
+        return [type(value).__name__,
+                *(part for item in items for part in parts_of(item, followed))]
+    if inspect.isroutine(value) or inspect.isclass(value):
+        own = value.__module__ == __name__ or is_own(sys.modules.get(value.__module__))
+        if own and value not in [*followed, cached, digest_of]:
+            followed.append(value)
+        return [value.__qualname__]             # no address
+    if is_own(value):
+        return [source_of(value)]
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return [torch.as_tensor(value)]
+    return [value] if isinstance(value, (int, float, str, np.generic, type(None))) else []
 
 
 def cached(function, *things, made_by=FILES):

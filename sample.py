@@ -299,11 +299,12 @@ def what_changed(made, weights, sampler=None):
     """Which of "weights" and "sampler" made a samples file and is another today; "" for neither.
 
     made: of Samples; weights, sampler: weights_today, sampler_values. Weights that are gone today
-    pass.
+    pass, and so does a file of your own making that does not say.
     """
-    if weights and made["weights"] != weights:
+    if weights and made.get("weights", weights) != weights:
         return "weights"
-    return "" if sampler is None or alike(made["sampler"], sampler) else "sampler"
+    same = sampler is None or alike(made.get("sampler", sampler), sampler)
+    return "" if same else "sampler"
 
 
 def is_done(path, settings, num, run, defaults, weights, sampler):

@@ -690,7 +690,8 @@ def test_what_a_metric_uses_belongs_to_its_code(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [int, str, lambda x: [x], lambda x: {"a": x}, np.float32,
-                                  lambda x: np.array([x]), lambda x: torch.tensor(x)])
+                                  lambda x: np.array([x]), lambda x: torch.tensor(x),
+                                  lambda x: {x}, lambda x: ([torch.tensor(x)],)])
 def test_a_constant_of_any_kind_belongs_to_the_code(monkeypatch, kind):
     codes = []
     for value in (1, 2, 2):
@@ -699,10 +700,11 @@ def test_a_constant_of_any_kind_belongs_to_the_code(monkeypatch, kind):
     assert codes[0] != codes[1] == codes[2]
 
 
-def test_functions_in_a_dict_belong_to_the_code(monkeypatch):
+@pytest.mark.parametrize("kind", [lambda f: {"a": f}, lambda f: (f, f), lambda f: {"a": (f, 2)}])
+def test_functions_in_a_container_belong_to_the_code(monkeypatch, kind):
     codes = []
     for function in (measure.kid, measure.kid, measure.sharpness, torch.sin, torch.cos):
-        monkeypatch.setattr(measure, "SW_PROJECTIONS", {"a": function})
+        monkeypatch.setattr(measure, "SW_PROJECTIONS", kind(function))
         codes.append(measure.code_of(measure.fidelity))
     assert codes[0] == codes[1] and len({*codes}) == 4
     assert measure.code_of(measure.fidelity) == codes[-1]       # no address is in it
@@ -1120,6 +1122,10 @@ def test_twin_command(run, tmp_path, refused, monkeypatch, capsys):
         measure.main([str(run), "--device", "cpu"])
         assert capsys.readouterr().err.count("twin_twin.csv: is of other code") == told
     refused(measure.main, [run, "--twin", run], "share 8 images", "--offset 8")
+    small = tmp_path / "small"
+    train.main([*TINY, "--size", "4", "--steps", "16", "--out", str(small)])
+    sample.main([str(small), "--num", "12", "--sampling-steps", "5", "--device", "cpu"])
+    refused(measure.main, [run, "--twin", small], "another size")
     table = metrics(run, "twin_twin.csv")
     for other, told in ((table, 0), ([row | {"twin": "0" * 16} for row in table], 1)):
         train.write_csv(run / "twin_twin.csv", other)
