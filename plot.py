@@ -60,13 +60,8 @@ FACTORS = {"n": Factor("training images N", "N", "step x (smallest N) / N", lamb
            "width": Factor("base width", "width", None, None),
            "batch": Factor("batch size B", "B", "step x B / (smallest B)", lambda v, low: v / low),
            "lr": Factor("learning rate", "lr", "step x lr / (smallest lr)", lambda v, low: v / low)}
-# The definitions of tau_mem. copy_05 and heldout_10, say, would be understood, too.
-TAUS = {"heldout_min": "held-out loss lowest", "heldout_25": "held-out loss 25 % up",
-        "copy_01": "copy ratio .01", "copy_10": "copy ratio .1", "copy_50": "copy ratio .5",
-        "denoisers": "nearer to the memorizer than to any other denoiser",
-        **{f"level{k}": f"held-out loss lowest, t {k / 10:.1f} to {(k + 1) / 10:.1f}"
-           for k in range(10)}}
-COPY_LEVELS = {name: int(name[5:]) / 100 for name in TAUS if name.startswith("copy_")}  # + null
+LEVELS = 10         # of noise, into which train.py splits the loss
+SLICES = [f"t = {k / LEVELS:.1f} to {(k + 1) / LEVELS:.1f}" for k in range(LEVELS)]
 
 # --- Reading --------------------------------------------------------------------------------------
 
@@ -194,22 +189,35 @@ class Run:
         plain = re.sub(r"[^\w.-]", "_", self.name)
         digest = hashlib.sha256(self.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
         self.stem = self.name if self.name == plain[:120] else f"{plain[:110]}-{digest}"
+        levels = sum(column.startswith("heldout_loss_level") for column in self.log)
+        if levels not in (0, LEVELS):
+            raise PlotError(f"{self.name}: its loss is kept at {levels} noise levels; LEVELS in "
+                            f"plot.py is {LEVELS}")
 
     def column(self, name):
         """(steps, values) of a column of log.csv or metrics.csv, finite values at steps > 0.
 
-        "SPACE" in the name stands for run.space. Empty where there is no such column.
+        "SPACE" in the name stands for run.space. Empty where there is no such column. Of two
+        evaluations that are much closer than usual, as where a run ended and went on, the later
+        one counts: between them a curve's slope is nothing but noise.
         """
         name = name.replace("SPACE", self.space or "SPACE")
         table = self.log if name in self.log else self.metrics
         if name not in table:
             return np.array([]), np.array([])
         keep = np.isfinite(table[name]) & (table["step"] > 0)
-        return table["step"][keep], table[name][keep]
+        steps, values = table["step"][keep], table[name][keep]
+        gaps = np.diff(np.log(steps))
+        keep = np.append(gaps > 0.25 * np.median(gaps), True) if len(gaps) else slice(None)
+        return steps[keep], values[keep]
 
     def by_step(self, name):
         """A column as {step: value}, see column."""
         return dict(zip(*self.column(name), strict=True))
+
+    def control(self, name, column):
+        """The value of a column for a control, nan where there is none."""
+        return self.controls.get(name, {}).get(column.replace("SPACE", self.space or ""), math.nan)
 
     def measured(self):
         """The steps whose samples were measured, sorted."""
@@ -362,6 +370,22 @@ def unlike(run, other, ignore):
         "training images"] * bool(run.images and other.images and run.images != other.images)
 
 
+def union(found, ignore):
+    """The runs of several roots, sorted by name: of two with one name and one set of samples that
+    of the earlier root. PlotError where the two differ in an option."""
+    runs = []
+    for groups in found:
+        earlier = {(run.name, run.set): run for run in runs}
+        for run in itertools.chain(*groups.values()):
+            first = earlier.get((run.name, run.set))
+            if first is None:
+                runs.append(run)
+            elif other := unlike(first, run, ignore):
+                raise PlotError(f"{run.name}: two of these folders have a run of this name, with "
+                                f"another {', '.join(other)}")
+    return sorted(runs, key=lambda run: run.name)
+
+
 def find_runs(*roots, damaged=None, ignore=()):
     """The runs at or below some folders, grouped: {folder for figures: [Run]}.
 
@@ -374,18 +398,7 @@ def find_runs(*roots, damaged=None, ignore=()):
     found = [read_root(root, damaged) for root in roots]
     if not any(found):
         raise PlotError("; ".join(damaged))
-    groups = found[0]
-    if len(roots) > 1:
-        union = []
-        for runs in found:
-            earlier = {(run.name, run.set): run for run in union}
-            for run in itertools.chain(*runs.values()):
-                if (first := earlier.get((run.name, run.set))) is None:
-                    union.append(run)
-                elif other := unlike(first, run, ignore):
-                    raise PlotError(f"{run.name}: two of these folders have a run of this name, "
-                                    f"with another {', '.join(other)}")
-        groups = {roots[0] / "figures": sorted(union, key=lambda run: run.name)}
+    groups = found[0] if len(roots) == 1 else {roots[0] / "figures": union(found, ignore)}
     everything = [*itertools.chain(*groups.values())]
     for name in ignore:
         if not any(name in run.options for run in everything):
@@ -452,6 +465,12 @@ def longest(runs):
     """
     same = grouped(runs, lambda run: (run.key(), run.set, run.seed)).values()
     return [max(group, key=lambda run: (bool(run.metrics), run.last_step)) for group in same]
+
+
+def usual(runs):
+    """The runs with the set of samples that most have; of one setting and seed, the longest."""
+    sets = collections.Counter(run.set for run in runs)
+    return longest(run for run in runs if run.set == max(sets, key=sets.get))
 
 
 def slices_of(runs, factor):
@@ -557,19 +576,28 @@ def nearest_denoiser(run):
     return np.array([*ratios]), np.array([*map(np.mean, ratios.values())])
 
 
-def onset_curve(run, name):
-    """(steps, values, level) of an onset of TAUS; level None: it is where the values are lowest."""
-    if name in COPY_LEVELS:
-        return *excess(run), COPY_LEVELS[name]
-    if name == "denoisers":
-        return *nearest_denoiser(run), 0.0
-    if name.startswith("level"):
-        return *run.column(f"heldout_loss_{name}"), None
-    steps, values = run.column("heldout_loss")
-    if name == "heldout_min" or not len(steps):
-        return steps, values, None
-    k = int(np.argmin(values))                  # after the lowest, not on the way down
-    return steps[k:], values[k:], values[k] * (1 + int(name.removeprefix("heldout_")) / 100)
+def loss_up(share):
+    """The curve of a Definition: held-out loss, which is to rise by a share above its lowest."""
+    def curve(run):
+        steps, values = run.column("heldout_loss")
+        k = int(np.argmin(values)) if len(values) else 0
+        return steps[k:], values[k:], values[k] * (1 + share) if len(values) else math.nan
+    return curve
+
+
+# A definition of tau_mem: its label; curve(run) -> (steps, values, level), the level that values
+# reach at the onset, None where they are lowest there; copies: whether values are copy ratios.
+Definition = collections.namedtuple("Definition", "label curve copies", defaults=(False,))
+TAUS = {"heldout_min": Definition("held-out loss lowest",
+                                  lambda run: (*run.column("heldout_loss"), None)),
+        "heldout_25": Definition("held-out loss 25 % up", loss_up(0.25)),
+        "copy_01": Definition("copy ratio .01", lambda run: (*excess(run), 0.01), True),
+        "copy_10": Definition("copy ratio .1", lambda run: (*excess(run), 0.1), True),
+        "copy_50": Definition("copy ratio .5", lambda run: (*excess(run), 0.5), True),
+        "denoisers": Definition("nearer to the memorizer than to any other denoiser",
+                                lambda run: (*nearest_denoiser(run), 0.0)),
+        **{f"level{k}": Definition(f"held-out loss lowest, {SLICES[k]}", lambda run, k=k: (
+            *run.column(f"heldout_loss_level{k}"), None)) for k in range(LEVELS)}}
 
 
 @functools.cache
@@ -579,12 +607,18 @@ def onsets(run):
     inf not reached, nan not measured.
     """
     found = dict.fromkeys(TAUS, math.nan)
-    for name in TAUS:
-        steps, values, level = onset_curve(run, name)
+    for name, definition in TAUS.items():
+        steps, values, level = definition.curve(run)
         if len(steps):
             found[name] = (lowest(steps, values) if level is None
                            else crossing(steps, values, level))
     return found
+
+
+def copies_reach(run, share):
+    """The step at which the copy ratio, above its null, reaches a share: inf never, nan unknown."""
+    steps, copies = excess(run)
+    return crossing(steps, copies, share) if len(steps) else math.nan
 
 
 def lowest_sw(run, after, until):
@@ -607,7 +641,7 @@ def best_fidelity(run):
     (value, step, improving), nan where no distance was measured. improving: a better one may have
     gone unseen, since this is the run's last evaluation or the only one before its copies.
     """
-    steps, until = run.column("sw_SPACE_heldout")[0], onsets(run)["copy_01"]
+    steps, until = run.column("sw_SPACE_heldout")[0], copies_reach(run, 0.01)
     value, step = lowest_sw(run, 0, until)
     return value, step, bool(step == max(steps, default=0) or (~(steps > until)).sum() == 1)
 
@@ -672,7 +706,8 @@ Result = collections.namedtuple("Result", "text value low high borrowed intercep
 # Standard error of an interpolated step, as a share of the gap between evaluations: how far the
 # study's curves move when every second evaluation is left out.
 CROSSING_ERROR, LOWEST_ERROR = 0.07, 0.2
-RATE_FROM = 0.02        # the copy ratio, above the null, from which a memorization rate is taken
+# The copy ratios, above the null, from which and to which a memorization rate is taken.
+RATE_FROM, RATE_TO = 0.02, 0.1
 
 
 def t95(dof):
@@ -713,7 +748,7 @@ def onset(name):
     """
     def point(run):
         step = onsets(run)[name]
-        steps, values, level = onset_curve(run, name)
+        steps, values, level = TAUS[name].curve(run)
         if math.isnan(step):
             return None
         if math.isinf(step) or step <= steps[0]:
@@ -722,10 +757,10 @@ def onset(name):
             ends = steps[-near:] if late else steps[:near]
             return Point(float(np.log(ends).mean()), 0.0, 1 if late else -1)
         error = LOWEST_ERROR if level is None else CROSSING_ERROR
-        counted = run if name in COPY_LEVELS else None      # whose samples were counted
+        counted = run if TAUS[name].copies else None        # whose samples were counted
         variance = step_variance(counted, steps, values, step, error)
         return Point(math.log(step), variance, 0)
-    point.borrowed = onset("heldout_min") if name.startswith("level") else point
+    point.stand_in = onset("heldout_min") if name.startswith("level") else point
     return point
 
 
@@ -759,7 +794,7 @@ def rate(high):
         early = start <= steps[0]               # it began before the first evaluation
         speed = (high - RATE_FROM) * math.log(2) / took
         return Point(math.log(speed), variance / took**2, -int(early))
-    point.borrowed = point if high <= COPY_LEVELS["copy_10"] else rate(COPY_LEVELS["copy_10"])
+    point.stand_in = point if high <= RATE_TO else rate(RATE_TO)
     return point
 
 
@@ -776,8 +811,8 @@ def scatter(runs, statistic):
     dof = sum(len(values) - 1 for values in settings)
     if dof or runs is study_runs():
         return squares / dof if dof else 0.0, dof, False
-    # a statistic that too few of the study's runs reach takes its scatter from a related one
-    return *scatter(study_runs(), getattr(statistic, "borrowed", statistic))[:2], True
+    # Too few of the study's runs reach some statistics: a related one's scatter stands for theirs.
+    return *scatter(study_runs(), getattr(statistic, "stand_in", statistic))[:2], True
 
 
 def inverse_mills(z):
@@ -832,8 +867,8 @@ def exponent(groups, runs, statistic, times=False):
         return Result("fewer than three values reached it")
     fits = [fit_line(x[use], y[use], variance[use] + between, bound[use])
             for use in (bound == 0, np.isfinite(bound))]
-    # Where the points leave the line, it is no power law, and its slope is known less well: by how
-    # much, these few points say.
+    # Where the points leave the line by more than their errors, its slope is known less well, since
+    # it may be no power law: by how much, these few points say.
     misfit, total = fits[0][3], sum(map(len, groups.values()))
     if misfit > 1:
         dof = max(1, min(dof, (bound == 0).sum() - 2))
@@ -856,7 +891,7 @@ def common_rate(groups):
     Runs that do not reach copy ratio .1 above the null are not compared.
     """
     high = min((lasting(excess(run)[1]).max() for group in groups.values() for run in group
-                if math.isfinite(onsets(run)["copy_10"])), default=COPY_LEVELS["copy_10"])
+                if math.isfinite(copies_reach(run, RATE_TO))), default=RATE_TO)
     high = min(high, 0.9)
     return rate(high), f"copy ratio {RATE_FROM:g} to {high:.2g}"
 
@@ -913,9 +948,9 @@ def through_onset(runs, *columns):
     """
     for run in runs:
         steps, values = paired(run, *columns)
-        before = steps <= onsets(run)["copy_01"]
-        if math.isfinite(onsets(run)["copy_10"]) and before.any():
-            yield run, steps, values, before, ~before & (steps <= onsets(run)["copy_50"])
+        before = steps <= copies_reach(run, 0.01)
+        if math.isfinite(copies_reach(run, 0.1)) and before.any():
+            yield run, steps, values, before, ~before & (steps <= copies_reach(run, 0.5))
 
 
 def equal_distances(kind, runs):
@@ -928,7 +963,7 @@ def equal_distances(kind, runs):
         if after.any() and run.options.get("n", math.inf) >= sample_count(run):
             ratio = np.log(train / heldout)
             changes.append(ratio[after][-1] - np.median(ratio[before]))
-            all_copies = np.divide(*(control(run, "training", column) for column in columns))
+            all_copies = np.divide(*(run.control("training", column) for column in columns))
             memorizers.append(all_copies / math.exp(np.median(ratio[before])))
     if len(changes) < 3:
         return Result("fewer than three runs that reach copy ratio .1 and have as many training "
@@ -977,7 +1012,7 @@ def gains_before(runs):
     ratios, hits = [], []
     for run, *_, after in through_onset(runs, "sw_SPACE_heldout"):
         if after.any():
-            start, end = (onsets(run)[name] for name in ("copy_01", "copy_50"))
+            start, end = (copies_reach(run, share) for share in (0.01, 0.5))
             (first, step), (then, later) = lowest_sw(run, 0, start), lowest_sw(run, start, end)
             ratios.append(then / first)
             error = math.hypot(sw_error(run, step), sw_error(run, later))
@@ -989,47 +1024,55 @@ def gains_before(runs):
                          * (len(ratios) > len(hits)))
 
 
-Claim = collections.namedtuple("Claim", "number text statistic where region factor test")
-ONSET_BY = "heldout_25"         # of TAUS, what the claims call the onset
-TAU, BEST = f"slope of log tau_mem ({TAUS[ONSET_BY]}) against ", "slope of log best SW against "
-UP, DOWN = ("above 0", (0.0, math.inf)), ("below 0", (-math.inf, 0.0))
-OFTEN = "in more than half of the runs", (0.5, math.inf)
-ONSET, BY_BEST = (functools.partial(exponent, statistic=s) for s in (onset(ONSET_BY), best))
+def onset_slope(groups, runs, times=False):
+    """The slope of the onset, or of onset x factor; see exponent."""
+    return exponent(groups, runs, onset(ONSET_BY), times)
+
+
+def best_slope(groups, runs):
+    """The slope of the best fidelity; see exponent."""
+    return exponent(groups, runs, best)
+
+
 # A claim, the statistic that decides it, the region where it holds, in words and in numbers, the
 # factor whose sweep it needs, and the function that gives the Result.
-CLAIMS = [Claim(*row) for row in (
-    *((number, f"{name} to train and held-out stay nearly equal: it does not see copying",
-       f"{name} train / {name} held-out, last up to copy ratio .5 over median before .01",
-       "within a factor of 1.25", (1 / 1.25, 1.25), None,
-       functools.partial(equal_distances, name.lower())) for number, name in (("1a", "SW"),
-                                                                              ("1b", "FID"))),
-    ("2", "FID and SW show a double descent, against both splits, in step",
-     "both rise by 1.5 after their best, then fall by 1.1; bests within one evaluation",
-     *OFTEN, None, double_descent),
-    ("3a", "Onset is proportional to N", TAU + "log N", "1 ± .25", (0.75, 1.25), "n", ONSET),
-    ("3b", "Larger N memorizes more slowly", "slope of log rate against log N", *DOWN, "n",
-     rate_exponent),
-    ("3c", "Larger N has better best fidelity", BEST + "log N", *DOWN, "n", BY_BEST),
-    ("4a", "Larger models start earlier", TAU + "log width", *DOWN, "width", ONSET),
-    ("4b", "Larger models have better best fidelity", BEST + "log width", *DOWN, "width", BY_BEST),
-    ("5a", "Onset, in steps, is proportional to 1/B", TAU + "log B", "-1 ± .25", (-1.25, -0.75),
-     "batch", ONSET),
-    ("5b", "The rate does not depend on B", "largest factor between two rates", "below 1.5",
-     (0.0, 1.5), "batch", rate_spread),
-    ("5c", "Smaller B has better best fidelity", BEST + "log B", *UP, "batch", BY_BEST),
-    ("6a", "Onset, in steps x lr, comes later at larger lr",
-     TAU.replace("tau_mem", "(tau_mem x lr)") + "log lr", *UP, "lr",
-     functools.partial(ONSET, times=True)),
-    ("6b", "Larger lr has better best fidelity", BEST + "log lr", *DOWN, "lr", BY_BEST),
-    ("7", "All gains in fidelity are made before the onset",
-     "lowest SW from copy ratio .01 to .5 over lowest before, above 1", *OFTEN, None,
-     gains_before))]
-
-
-def usual(runs):
-    """The runs with the set of samples that most have; of one setting and seed, the longest."""
-    sets = collections.Counter(run.set for run in runs)
-    return longest(run for run in runs if run.set == max(sets, key=sets.get))
+Claim = collections.namedtuple("Claim", "number text statistic where region factor test")
+ONSET_BY = "heldout_25"         # of TAUS, what the claims call the onset
+TAU = f"slope of log {{}} ({TAUS[ONSET_BY].label}) against log {{}}"
+BEST = "slope of log best SW against log {}"
+RATIO = "{0} train / {0} held-out, last up to copy ratio .5 over median before .01"
+EQUAL = "within a factor of 1.25", (1 / 1.25, 1.25)
+UP, DOWN = ("above 0", (0.0, math.inf)), ("below 0", (-math.inf, 0.0))
+OFTEN = "in more than half of the runs", (0.5, math.inf)
+CLAIMS = [
+    Claim("1a", "SW to train and held-out stay nearly equal: it does not see copying",
+          RATIO.format("SW"), *EQUAL, None, functools.partial(equal_distances, "sw")),
+    Claim("1b", "FID to train and held-out stay nearly equal: it does not see copying",
+          RATIO.format("FID"), *EQUAL, None, functools.partial(equal_distances, "fid")),
+    Claim("2", "FID and SW show a double descent, against both splits, in step",
+          "both rise by 1.5 after their best, then fall by 1.1; bests within one evaluation",
+          *OFTEN, None, double_descent),
+    Claim("3a", "Onset is proportional to N", TAU.format("tau_mem", "N"),
+          "1 ± .25", (0.75, 1.25), "n", onset_slope),
+    Claim("3b", "Larger N memorizes more slowly", "slope of log rate against log N",
+          *DOWN, "n", rate_exponent),
+    Claim("3c", "Larger N has better best fidelity", BEST.format("N"), *DOWN, "n", best_slope),
+    Claim("4a", "Larger models start earlier", TAU.format("tau_mem", "width"),
+          *DOWN, "width", onset_slope),
+    Claim("4b", "Larger models have better best fidelity", BEST.format("width"),
+          *DOWN, "width", best_slope),
+    Claim("5a", "Onset, in steps, is proportional to 1/B", TAU.format("tau_mem", "B"),
+          "-1 ± .25", (-1.25, -0.75), "batch", onset_slope),
+    Claim("5b", "The rate does not depend on B", "largest factor between two rates",
+          "below 1.5", (0.0, 1.5), "batch", rate_spread),
+    Claim("5c", "Smaller B has better best fidelity", BEST.format("B"), *UP, "batch", best_slope),
+    Claim("6a", "Onset, in steps x lr, comes later at larger lr",
+          TAU.format("(tau_mem x lr)", "lr"),
+          *UP, "lr", functools.partial(onset_slope, times=True)),
+    Claim("6b", "Larger lr has better best fidelity", BEST.format("lr"), *DOWN, "lr", best_slope),
+    Claim("7", "All gains in fidelity are made before the onset",
+          "lowest SW from copy ratio .01 to .5 over lowest before, above 1",
+          *OFTEN, None, gains_before)]
 
 
 def judge(runs):
@@ -1079,7 +1122,7 @@ def summarize(run):
             for cell, z in zip(cells, (0, -1.96, 1.96), strict=True):
                 row[cell] = f"{math.exp(point.value + z * math.sqrt(point.variance)):.0f}"
     value, step, improving = best_fidelity(run)
-    speed, kept = rate(COPY_LEVELS["copy_10"])(run), to_keep(run)
+    speed, kept = rate(RATE_TO)(run), to_keep(run)
     last, null = (number_text([math.nan, *run.column(column)[1]][-1])
                   for column in ("copy_ratio", "null_copy_ratio"))
     return row | {"rate_to_copy_10": number_text(math.exp(speed.value)) if speed else "",
@@ -1095,7 +1138,7 @@ def run_text(run):
     """What one run shows, in a few lines."""
     row = {column: cell or "-" for column, cell in summarize(run).items()}
     lines = [f"{run.name}, {row['last_step']} steps"]
-    for name, text in TAUS.items():
+    for name, (text, *_) in TAUS.items():
         step, *ends = (row[f"tau_{name}{end}"] for end in ("", "_low", "_high"))
         if step != "-" and not name.startswith("level"):
             interval = "" if "-" in ends else f" [{', '.join(ends)}]"
@@ -1141,11 +1184,13 @@ def claims_text(runs, found, study):
     more, bare = (sum(run.set != judged[0].set for run in runs),
                   sum(run.space is None for run in judged))
     space = next((run.space for run in judged if run.space), "-")
+    head = f"distances in {space}"
+    if 0 < bare < len(judged):
+        head += f" ({bare} runs have none)"
+    if more:
+        head += f"; {more} other sets of samples are not judged"
     text = [f"{len(judged)} runs of {len(repeats)} settings, {sum(c > 1 for c in repeats)} with "
-            + f"repeats; distances in {space}"
-            + f" ({bare} runs have none)" * (0 < bare < len(judged))
-            + f"; {more} other sets of samples are not judged" * (more > 0)
-            + ". In brackets: 95 % intervals. Definitions: at the top of plot.py."]
+            + f"repeats; {head}. In brackets: 95 % intervals. Definitions: results/README.md."]
     text += [f"{factor_of(name).label}: {', '.join(map(str, groups))}{groups.where}."
              for name, groups in found.items()]
 
@@ -1163,7 +1208,7 @@ def claims_text(runs, found, study):
     for name in taus:
         slopes = [exponent(groups, judged, onset(name)) for groups in found.values()]
         if not all(math.isnan(slope.value) for slope in slopes):
-            rows.append([TAUS[name], *(interval_text(slope) + " (borrowed)" * slope.borrowed
+            rows.append([TAUS[name].label, *(interval_text(slope) + " (borrowed)" * slope.borrowed
                                        for slope in slopes)])
     if rows:
         text += ["Slopes of the onset of memorization, log-log, by its definition:",
@@ -1240,8 +1285,10 @@ mpl.rcParams.update({"font.size": 10, "axes.titlesize": 10, "lines.linewidth": 1
 # A colour per role in every figure, told apart by colour-blind readers (Okabe and Ito, 2008).
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
 REFERENCES = {"gaussian": "#E69F00", "local": "#AA4499", "population": GREEN, "memorizer": RED}
+SCALES = ("log", "linear",
+          "share",          # 0 to 1
+          "cut")            # linear from 0, less the first values, of no skill yet
 # Panels: title, scale of y, columns of log.csv and metrics.csv. A new metric is one line here.
-# Scales: log, linear, share (0 to 1), cut (linear from 0, less the first values, of no skill yet).
 PANELS = {
     "loss": ("loss", "log", "train_loss heldout_loss"),
     "copy": (f"copy ratio (d1/d2 < {THRESHOLDS['']})", "share", "copy_ratio null_copy_ratio"),
@@ -1267,12 +1314,13 @@ PANELS = {
     "agreement": ("agreement of twins", "share", "agreement null_agreement"),
     "twins": ("distance, median rms", "linear",
               "twin_rms nearest_train_rms twin_nearest_train_rms")}
-LEVEL_PANELS = {f"level{k}": (f"t = {k / 10:.1f} to {k / 10 + 0.1:.1f}", "cut",
+LEVEL_PANELS = {f"level{k}": (SLICES[k], "cut",
                               f"train_loss_level{k} heldout_loss_level{k} floor_level{k}")
-                for k in range(10)}
+                for k in range(LEVELS)}
 PANELS |= LEVEL_PANELS
 FOUR = ["loss", "copy", "sw", "fid"]            # the study's own; of sweeps, and of run_RUN.png
-# How a column is drawn, by a word in its name: line, colour (None: the run's), label.
+# How a column is drawn: line, colour (None: the run's), label; by the first word here that is in
+# its name, so that their order matters.
 STYLES = {"null": (":", GREY, "null"), "floor": ("-", RED, "perfect memorizer"),
           "blurred": ("-.", GREEN, "held-out images, blurred until as sharp"),
           "replaced": ("-.", None, "samples replaced by nearest training images"),
@@ -1296,14 +1344,17 @@ def palette(count):
     return mpl.colormaps["viridis"](np.linspace(0, 0.88, count))
 
 
-def style_of(column):
-    """The line, colour and label of a column, see STYLES."""
-    return next(style for word, style in STYLES.items() if f"_{word}_" in f"_{column}_" or not word)
-
-
-def control(run, name, column):
-    """The value of a column for a control, nan where there is none."""
-    return run.controls.get(name, {}).get(column.replace("SPACE", run.space or ""), math.nan)
+def styles_of(columns):
+    """{column: (line, colour, label)} of a panel's columns, see STYLES. Where it knows no label for
+    two or more, each gets a line and its name as the label."""
+    styles = {column: next(style for word, style in STYLES.items()
+                           if f"_{word}_" in f"_{column}_" or not word)
+              for column in columns.split()}
+    plain = [column for column, (_, _, label) in styles.items() if label is None]
+    if len(plain) > 1:
+        for column, line in zip(plain, itertools.cycle(("-", "--", "-.", ":"))):
+            styles[column] = line, None, words(column)
+    return styles
 
 
 def tick_text(value, _):
@@ -1321,12 +1372,16 @@ def not_measured(axis):
 
 def dress(axis, title, scale, xlabel=""):
     """Title, scales and few, readable ticks of a panel against training steps."""
+    if scale not in SCALES:
+        raise PlotError(f"PANELS: {title}: scale {scale}, must be one of {', '.join(SCALES)}")
     if not any(len(line.get_xdata()) for line in axis.lines):
         not_measured(axis)
         return axis.set(title=title, xlabel=xlabel)
     axis.set(title=title, xlabel=xlabel, xscale="log", yscale="log" if scale == "log" else "linear")
     if scale == "share":
         axis.set_ylim(-0.04, 1.04)
+    if scale == "cut":
+        cut(axis)
     for side in [axis.xaxis, axis.yaxis] if scale == "log" else [axis.xaxis]:
         low, high = side.get_view_interval()
         locator = mpl.ticker.LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,))
@@ -1335,11 +1390,22 @@ def dress(axis, title, scale, xlabel=""):
         side.set_minor_locator(mpl.ticker.NullLocator())
 
 
-def curve(axis, runs, column, color, scale=1, label=None, errors=False):
+def cut(axis):
+    """Limit y to what the curves reach once they have come down to twice their median: the values
+    before, of a network without skill yet, would press all later ones flat."""
+    curves = [y for line in axis.lines if len(y := line.get_ydata()) > 2]       # no controls
+    tops = [y[np.argmax(y <= 2 * np.median(y)):].max() for y in curves]
+    if curves:
+        axis.set_ylim(min(-0.066 * max(tops), *(1.1 * y.min() for y in curves)),
+                      min(axis.get_ylim()[1], 1.1 * max(tops)))
+
+
+def curve(axis, runs, column, style, color, scale=1, label=None, errors=False):
     """A column against step * scale: the mean over runs, in a band that is their range.
 
-    errors: the band is a 95 % interval instead, the first run's, from the columns beside this one:
-    copy_low and copy_high, or twice sw_error_...
+    style: of styles_of; its colour comes before the one given here, its label after. errors: the
+    band is a 95 % interval instead, the first run's, from the columns beside this one: copy_low and
+    copy_high, or twice sw_error_...
     """
     steps = np.unique(np.concatenate([run.column(column)[0] for run in runs]))
     if not len(steps):
@@ -1357,7 +1423,7 @@ def curve(axis, runs, column, color, scale=1, label=None, errors=False):
     elif errors:
         name = column if "ratio" in column else f"{column}_ratio"
         low, high = (at_steps(runs[0], name.replace("ratio", end)) for end in ("low", "high"))
-    line, own_color, own_label = style_of(column)
+    line, own_color, own_label = style
     color = own_color or color
     axis.plot(steps * scale, np.nanmean(values, 0), color=color, linestyle=line,
               marker="." if len(steps) == 1 else None, label=own_label if label is None else label)
@@ -1373,27 +1439,22 @@ def panels(run, rows, size):
     figure.supxlabel("training step", fontsize="medium")
     for name in [name for name in axes if name in PANELS]:
         axis, (title, scale, columns) = axes[name], PANELS[name]
-        for column in columns.split():
-            curve(axis, [run], column, BLUE, errors=True)
+        styles = styles_of(columns)
+        for column, style in styles.items():
+            curve(axis, [run], column, style, BLUE, errors=True)
         if not axis.lines:
             not_measured(axis)                  # though its controls may be
-        for column, (key, (color, label)) in itertools.product(columns.split(), CONTROLS.items()):
-            value = control(run, key, column)
+        for column, (key, (color, label)) in itertools.product(styles, CONTROLS.items()):
+            value = run.control(key, column)
             drawable = value > 0 or (math.isfinite(value) and scale != "log")
             if drawable and "blurred" not in column:        # which is a control itself
-                axis.axhline(value, color=color, linestyle=style_of(column)[0], linewidth=1.1,
+                axis.axhline(value, color=color, linestyle=styles[column][0], linewidth=1.1,
                              label=label)
         for mark, line in MARKS.items():
             if math.isfinite(onsets(run)[mark]):
                 axis.axvline(onsets(run)[mark], color="0.25", linestyle=line, linewidth=1,
-                             label=TAUS[mark])
+                             label=TAUS[mark].label)
         dress(axis, title, scale)
-        curves = [values for _, values in map(run.column, columns.split()) if len(values)]
-        if scale == "cut" and curves:
-            tops = [values[np.argmax(values <= 2 * np.median(values)):].max()
-                    for values in curves]               # only what comes before is cut off
-            lowest = min(-0.066 * max(tops), *(1.1 * values.min() for values in curves))
-            axis.set_ylim(lowest, min(axis.get_ylim()[1], 1.1 * max(tops)))
     return figure, axes
 
 
@@ -1445,7 +1506,8 @@ def plot_metrics(run, path):
 def plot_levels(run, path):
     """Loss by noise level, the perfect memorizer's too, and where held-out loss turns."""
     names = list(LEVEL_PANELS)
-    figure, axes = panels(run, [names[:5], names[5:]], (13, 5.4))
+    half = len(names) // 2
+    figure, axes = panels(run, [names[:half], names[half:]], (13, 5.4))
     for name, axis in axes.items():
         _, loss = run.column(f"heldout_loss_{name}")
         turn = onsets(run)[name]
@@ -1467,6 +1529,7 @@ def plot_hump(run, path):
     until, sharp = best_fidelity(run)[1], run.by_step("sharpness")
     best_step = max((step for step in sharp if step <= until), default=math.nan)
     blurred = min((step for step in sharp if step >= best_step), key=sharp.get, default=math.nan)
+    # Where two are one step the later name counts; nan: there is none.
     places = {blurred: "least sharp", run.column("sw_SPACE_heldout")[0][-1]: "end",
               hump(run): "hump", best_step: "best"}
     steps = sorted(step for step in places if not math.isnan(step))
@@ -1512,18 +1575,20 @@ def plot_copier(run, path):
     """Which metric tells a copier: each through training, between its two controls as 0 and 1."""
     rows, close, neither, steps = {}, [], [], run.measured()
     for title, _, columns in PANELS.values():
-        for column in [] if "replaced" in title else columns.split():   # those have panels already
-            zero, one = (control(run, key, column) for key in CONTROLS)
-            found, (_, _, label) = run.by_step(column), style_of(column)
-            if found and abs(one - zero) > 0 and label in (None, "train", "held-out"):
-                name, values = f"{title} to {label}" if label else title, np.array(
-                    [(found.get(step, math.nan) - zero) / (one - zero) for step in steps])
-                if abs(one - zero) <= 0.1 * max(abs(zero), abs(one)):
-                    close.append(name)          # controls too close to tell
-                elif (np.abs(values - 0.5) <= 0.8).any():
-                    rows[name] = values
-                else:
-                    neither.append(name)
+        for column, (_, _, label) in styles_of(columns).items():
+            zero, one = (run.control(key, column) for key in CONTROLS)
+            found, own = run.by_step(column), label in (None, "train", "held-out", words(column))
+            if "replaced" in title or not own or not found or not abs(one - zero) > 0:
+                continue                        # in another panel, no metric, or nothing to tell
+            name = (title if label is None else f"{title} to {label}" if label in (
+                "train", "held-out") else label)
+            values = np.array([(found.get(s, math.nan) - zero) / (one - zero) for s in steps])
+            if abs(one - zero) <= 0.1 * max(abs(zero), abs(one)):
+                close.append(name)              # controls too close to tell
+            elif (np.abs(values - 0.5) <= 0.8).any():
+                rows[name] = values
+            else:
+                neither.append(name)
 
     def order(name):                            # by the step from which on it sees copies
         seen = np.where(np.abs(rows[name] - 0.5) <= 0.8, rows[name], -9)
@@ -1550,7 +1615,7 @@ def plot_denoisers(run, path):
     inputs = {"path": "its own sampling path", "heldout": "noised held-out images"}
     steps = sorted({number(row["step"]) for row in rows})
     # of each kind of inputs: (reference, level, step, median and the ends of its interval)
-    cells = {kind: np.full((len(names), 10, len(steps), 3), math.inf) for kind in inputs}
+    cells = {kind: np.full((len(names), LEVELS, len(steps), 3), math.inf) for kind in inputs}
     for row in rows:
         if row["inputs"] in inputs:
             place = (names.index(row["reference"]), int(number(row["level"])),
@@ -1563,15 +1628,14 @@ def plot_denoisers(run, path):
             median, low, high = distances[level].T
             axes[level].plot(steps, median, color=color, label=name)
             axes[level].fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        dress(axes[level], f"{LEVEL_PANELS[f'level{level}'][0]}, its own path", "log")
+        dress(axes[level], f"{SLICES[level]}, its own path", "log")
     axes[levels[0]].set_ylabel("rms distance to the network's x0")
     for kind, text in inputs.items():
         medians = cells[kind][..., 0]
         first, second = np.sort(medians, 0)[:2]
         nearest = np.ma.masked_where(~(first < 0.98 * second), medians.argmin(0))
         heat(axes[kind], nearest, [f"{step:,.0f}" for step in steps],
-             [title for title, _, _ in LEVEL_PANELS.values()], [*colors.values()],
-             origin="lower", vmin=0, vmax=len(names) - 1)
+             SLICES, [*colors.values()], origin="lower", vmin=0, vmax=len(names) - 1)
         axes[kind].set_title(f"nearest on {text} (grey: two within 2 %)")
     figure.supxlabel("training step", fontsize="medium")
     save_figure(figure, path, f"{words(run.name)}: which denoiser is the network?")
@@ -1673,8 +1737,8 @@ def draw_frame(figure, run, file):
     for bottom, name in ((0.57, "loss"), (0.1, "copy")):
         title, scale, columns = PANELS[name]
         small = figure.add_axes((0.79, bottom, 0.2, 0.34))
-        for column in columns.split():
-            curve(small, [run], column, BLUE)
+        for column, style in styles_of(columns).items():
+            curve(small, [run], column, style, BLUE)
         small.axvline(int(file.stem), color=RED, linewidth=2, alpha=0.7)
         dress(small, title, scale)
         small.xaxis.set_major_locator(mpl.ticker.LogLocator())      # there is no room for more
@@ -1718,21 +1782,22 @@ def plot_sweep(factor, groups, path, study=None):
     places = zip(axes.flat, itertools.product(times.items(), FOUR), strict=True)
     for axis, ((time, scale), name) in places:
         panel, kind, columns = PANELS[name]
-        for column in columns.split():
-            line, _, text = style_of(column)
+        styles = styles_of(columns)
+        for column, style in styles.items():
+            line, _, text = style
             for color, (value, runs) in zip(palette(len(groups)), groups.items(), strict=True):
-                curve(axis, runs, column, color, scale(value),
+                curve(axis, runs, column, style, color, scale(value),
                       words(label_of(factor, value)) if line == "-" else "")
             axis.plot([], [], color="0.25", linestyle=line, label=text)
-        floors = [control(run, "heldout", columns.split()[-1]) for runs in groups.values()
+        floors = [run.control("heldout", columns.split()[-1]) for runs in groups.values()
                   for run in runs if "SPACE_heldout" in columns]
         if np.isfinite(floors).any():
             axis.axhline(np.nanmedian(floors), color="0.25", linestyle=(0, (8, 2, 1, 2)),
                          linewidth=0.9, label="held-out images to other held-out images")
         if study:
             behind = axis.twinx()
-            for column, (value, runs) in itertools.product(columns.split(), study.items()):
-                curve(behind, runs, column, "0.75", scale(value), "")
+            for (column, style), (value, runs) in itertools.product(styles.items(), study.items()):
+                curve(behind, runs, column, style, "0.75", scale(value), "")
             plt.setp(behind.lines, linewidth=0.9)
             behind.set(yscale="log" if kind == "log" else "linear", zorder=-1)
             behind.yaxis.set_visible(False)
@@ -1763,7 +1828,7 @@ def plot_onset(factor, groups, path, runs):
                 axis.errorbar(x, step, error, **style, lolims=point.bound > 0,
                               uplims=point.bound < 0)
                 note += "; arrow: lies beyond" * bool(point.bound and "arrow" not in note)
-        slope, text = exponent(groups, runs, onset(name)), textwrap.fill(TAUS[name], 28)
+        slope, text = exponent(groups, runs, onset(name)), textwrap.fill(TAUS[name].label, 28)
         if math.isfinite(slope.value):
             text, style["linestyle"] = f"{text}\nslope {interval_text(slope)}", "-"
             ends = np.array([min(groups), max(groups)])
@@ -1798,7 +1863,8 @@ def plot_switch(runs, path):
         column = columns.split()[-1]
         for (pair, by_time), color in zip(pairs.items(), palette(len(pairs)), strict=True):
             drawn = {t: (run, pair[0]) for t, run in by_time.items()}
-            drawn |= {t: (run, step) for run in alone for t, step in enumerate(pair)}
+            for run in alone:
+                drawn |= {0: (run, pair[0]), 1: (run, pair[1])}
             error = column.replace("_", "_error_", 1) if "SPACE" in column else ""
             points, errors = ({t: run.by_step(name).get(step) for t, (run, step) in drawn.items()}
                               for name in (column, error))
@@ -1813,16 +1879,19 @@ def plot_switch(runs, path):
     save_figure(figure, path, f"{words((alone or runs)[0].name)}: two snapshots in turn")
 
 
-# A figure of a run: its file, what draws it, the columns and tables it needs (their beginnings).
-RUN_FIGURES = (("run_{}.png", plot_run, "step"), ("metrics_{}.png", plot_metrics, "auth_share"),
-               ("levels_{}.png", plot_levels, "heldout_loss_level"),
-               ("samples_{}.png", plot_samples, "neighbours"),
-               ("ratios_{}.png", plot_ratios, "neighbours"),
-               ("film_{}.gif", plot_film, "neighbours"),
-               ("denoisers_{}.png", plot_denoisers, "denoisers"),
-               ("hump_{}.png", plot_hump, "spectrum sw_"),
-               ("copier_{}.png", plot_copier, "training sw_"),
-               ("twins_{}.png", plot_twins, "twin_"), ("planted_{}.png", plot_planted, "planted"))
+# A figure of a run: its file, what draws it, and whether a run has what it shows.
+RUN_FIGURES = (
+    ("run_{}.png", plot_run, lambda run: True),
+    ("metrics_{}.png", plot_metrics, lambda run: "auth_share" in run.metrics),
+    ("levels_{}.png", plot_levels, lambda run: "heldout_loss_level0" in run.log),
+    ("samples_{}.png", plot_samples, lambda run: snapshot_files(run)),
+    ("ratios_{}.png", plot_ratios, lambda run: snapshot_files(run)),
+    ("film_{}.gif", plot_film, lambda run: snapshot_files(run)),
+    ("denoisers_{}.png", plot_denoisers, lambda run: "denoisers" in run.tables),
+    ("hump_{}.png", plot_hump, lambda run: run.space and "spectrum" in run.tables),
+    ("copier_{}.png", plot_copier, lambda run: run.space and "training" in run.controls),
+    ("twins_{}.png", plot_twins, lambda run: any(s.startswith("twin_") for s in run.tables)),
+    ("planted_{}.png", plot_planted, lambda run: "planted" in run.tables))
 
 
 def draw_all(runs, found, folder, study, damaged):
@@ -1834,12 +1903,8 @@ def draw_all(runs, found, folder, study, damaged):
     """
     seen = set()
     for run in [run for run in runs if not run.options.get("setting_switch")]:
-        data = [*run.log, *run.metrics, *run.tables, *(f"{name} control" for name in run.controls)]
-        data += ["neighbours"] if snapshot_files(run) else []
-        data = [have for have in data if run.space or not have.startswith("sw_")]
-        for name, draw, needs in RUN_FIGURES:
-            if (draw is plot_run or (run.key(), draw) not in seen) and all(
-                    any(have.startswith(need) for have in data) for need in needs.split()):
+        for name, draw, has in RUN_FIGURES:
+            if (draw is plot_run or (run.key(), draw) not in seen) and has(run):
                 try:
                     draw(run, folder / name.format(run.stem))
                 except PlotError as error:

@@ -408,9 +408,12 @@ def test_runs_measured_by_other_code_are_named(tmp_path, undrawn, capsys):
 
 
 def test_the_style_of_a_column_goes_by_whole_words():
-    assert plot.style_of("restraint_score") == plot.STYLES[""]
-    assert plot.style_of("sw_SPACE_train") == plot.STYLES["train"]
-    assert plot.style_of("twin_nearest_train_rms") == plot.STYLES["twin_nearest"]
+    for column, word in (("restraint_score", ""), ("sw_SPACE_train", "train"),
+                         ("twin_nearest_train_rms", "twin_nearest")):
+        assert plot.styles_of(column) == {column: plot.STYLES[word]}
+    two = plot.styles_of("red_mean blue_mean null_mean")        # told apart, and named
+    assert two["red_mean"][0] != two["blue_mean"][0] and two["blue_mean"][2] == "blue_mean"
+    assert two["null_mean"] == plot.STYLES["null"]
 
 
 def test_every_root_needs_a_run(tmp_path, undrawn, refused):
@@ -521,3 +524,17 @@ def test_the_first_values_are_cut_off_but_no_hump(run):
     low, high = axes["kid"].get_ylim()
     assert 0.9 < high < 2 and low < 0
     plot.plt.close(figure)
+
+
+def test_losses_at_other_noise_levels_than_plot_knows_are_refused(tmp_path, capsys):
+    levels = {f"heldout_loss_level{k}": np.linspace(1, 0.5, 3) for k in range(12)}
+    steps = np.array([64.0, 91, 128])
+    with pytest.raises(plot.PlotError, match="12 noise levels; LEVELS in plot.py is 10"):
+        plot.Run("r", {}, {"step": steps, **levels}, {})
+
+
+def test_a_panel_of_an_unknown_scale_is_refused(monkeypatch):
+    axis = plot.plt.figure().add_subplot()
+    with pytest.raises(plot.PlotError, match="scale logarithmic"):
+        plot.dress(axis, "mine", "logarithmic")
+    plot.plt.close("all")

@@ -350,12 +350,37 @@ def test_a_gain_within_its_error_is_no_gain():
     assert runs(1.5).value == 1 and runs(0.5).value == 0
 
 
-def test_an_onset_of_another_level_is_read_from_its_name(monkeypatch):
-    assert plot.COPY_LEVELS == {"copy_01": 0.01, "copy_10": 0.1, "copy_50": 0.5}
-    monkeypatch.setitem(plot.TAUS, "heldout_10", "held-out loss 10 % up")
+def test_definitions_of_the_onset_may_come_and_go(monkeypatch):
+    runs = made_up_study(0, EFFECT)
+    before = [result for _, result, _ in plot.judge(runs)]
+    more = {"heldout_10": plot.Definition("held-out loss 10 % up", plot.loss_up(0.1))}
+    fewer = {name: v for name, v in plot.TAUS.items() if "copy" not in name}
+    with monkeypatch.context() as changed:
+        changed.setattr(plot, "TAUS", fewer | more)
+        plot.onsets.cache_clear()
+        found = plot.onsets(run_of(300, {}))
+        assert found["heldout_min"] < found["heldout_10"] < found["heldout_25"]
+        assert [result for _, result, _ in plot.judge(runs)] == before
     plot.onsets.cache_clear()
-    found = plot.onsets(run_of(300, {}))
-    assert found["heldout_min"] < found["heldout_10"] < found["heldout_25"]
+
+
+def test_a_pair_of_close_evaluations_counts_once():
+    steps = np.array([64.0, 91, 128, 181, 256, 362, 363])
+    run = plot.Run("r", {}, {"step": steps, "heldout_loss": np.arange(7.0)}, {})
+    assert run.column("heldout_loss")[0].tolist() == [64, 91, 128, 181, 256, 363]
+    assert run.column("heldout_loss")[1].tolist() == [0, 1, 2, 3, 4, 6]
+    for steps in (np.arange(1.0, 400), 1000 + np.arange(3.0), np.array([5.0])):    # evenly spaced
+        run = plot.Run("r", {}, {"step": steps, "heldout_loss": steps}, {})
+        assert run.column("heldout_loss")[0].tolist() == steps.tolist()
+    # a loss that is lowest at 5,200: with 5792 beside 5793 its turn is no less known
+    grid = np.array([2896.0, 4096, 5792, 5793, 8192])
+    turns = []
+    for seed in range(50):
+        noise = 2e-4 * np.random.default_rng(seed).standard_normal(5)
+        loss = 0.25 + 0.02 * np.log(grid / 5200)**2 + noise
+        turns.append(plot.onsets(plot.Run(f"r{seed}", {}, {"step": grid, "heldout_loss": loss},
+                                          {}))["heldout_min"])
+    assert np.std(np.log(turns)) < 0.07
 
 
 def test_unequal_counts_do_not_test_claim_1():
