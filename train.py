@@ -1196,7 +1196,7 @@ def load_checkpoint(path, run=None, step=None):
     with reading(path, DELETE_ADVICE):
         check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        owner, found = state.get("run", run), int(state["step"])
+        owner, found = state["run"], int(state["step"])
     if (run and owner != run) or (step is not None and found != step):
         raise InputError(f"{path}: belongs to another run or step (step {found}); "
                          f"{DELETE_ADVICE}")
@@ -1496,7 +1496,7 @@ def save(path, value):
 
 
 def identity_beside(table):
-    """The identity in the args.json beside a table; "" where there is none, as in older runs."""
+    """The identity in the args.json beside a table; "" where there is none."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         return str(json.loads((Path(table).parent / "args.json").read_text())["identity"])
     return ""
@@ -1564,11 +1564,10 @@ def read_csv(path):
     with reading(path, "delete it, and the script that wrote it makes it again"), \
             open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, strict=True))
-        old = not identity_beside(path)         # then there may be no checks
         if any(None in row or None in row.values() for row in rows) or not rows:
             raise ValueError("rows of different lengths, or none")
         for row, check in zip(rows, row_checks(path, rows), strict=True):
-            if row.pop("check", check if old else "") != check:
+            if row.pop("check", "") != check:
                 raise ValueError("changed since it was written, or another run's")
         return rows
 
