@@ -1051,7 +1051,10 @@ def is_own(module):
 @functools.cache
 def names_in(source):
     """The names in a function's or class's source."""
-    tree = ast.parse(textwrap.dedent(source))
+    try:
+        tree = ast.parse(textwrap.dedent(source))
+    except SyntaxError:                         # a part of a line, as of a lambda in a list
+        return set(re.findall(r"[^\W\d]\w*", source))
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
@@ -1067,25 +1070,31 @@ def code_of(function):
     return digest_of(*said)[:8]
 
 
-def parts_of(value, followed):
+def parts_of(value, followed, within=()):
     """What to digest of a value that a name in a source stands for: constants by value, containers
-    part by part, modules of your own by their source. Functions and classes that are the project's
-    or yours go into the list `followed`."""
+    part by part, modules of your own by their source. Functions and classes of this file or of your
+    own go into the list `followed`. within: the containers that hold the value."""
+    if isinstance(value, train.Process):
+        return [value]
     if isinstance(value, (dict, list, tuple, set, frozenset)):
+        if id(value) in within:
+            return ["itself"]
         items = value.items() if isinstance(value, dict) else value
         items = sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items
-        return [type(value).__name__,
-                *(part for item in items for part in parts_of(item, followed))]
+        return [type(value).__name__, len(value), *(part for item in items for part in parts_of(
+            item, followed, (*within, id(value))))]
     if inspect.isroutine(value) or inspect.isclass(value):
         own = value.__module__ == __name__ or is_own(sys.modules.get(value.__module__))
         if own and value not in [*followed, cached, digest_of]:
             followed.append(value)
-        return [value.__qualname__]             # no address
+        return [getattr(value, "__qualname__", type(value).__name__)]       # no address
     if is_own(value):
         return [source_of(value)]
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return [torch.as_tensor(value)]
-    return [value] if isinstance(value, (int, float, str, np.generic, type(None))) else []
+    # Not None, which may stand for what is loaded at the first use; and nothing with an address.
+    constant = isinstance(value, (int, float, str, np.generic))
+    return [value] if constant or within and " at 0x" not in repr(value) else []
 
 
 def cached(function, *things, made_by=FILES):
@@ -1382,14 +1391,12 @@ def drawn_of(run, record, settings, name, shots):
 
 
 @functools.cache
-def hashes_today(data, n, size, offset):
-    """The hashes of the training images that `data` gives today and of the held-out ones: all, and
-    those of the classes trained on."""
+def hashes_today(data, n, size, offset, conditional):
+    """The hashes of the training and of the held-out images that these options give today."""
     loaded = train.load_data(data, n, size, offset)
-    known = ""
-    with contextlib.suppress(InputError):
-        known = train.hash_of(*train.of_known_classes(loaded)[2:])
-    return train.hash_of(*loaded[:2]), train.hash_of(*loaded[2:]), known
+    loaded = train.of_known_classes(loaded) if conditional else loaded
+    return {"subset_sha256": train.hash_of(*loaded[:2]),
+            "heldout_sha256": train.hash_of(*loaded[2:])}
 
 
 def values_today(options, image_shape, classes):
@@ -1404,9 +1411,8 @@ def record_today(record, options):
     found = {"options": vars(options)}
     found |= cached(values_today, record["options"], record["image_shape"], record["classes"])
     if options.data in ("toy", "digits") or Path(options.data).is_file():
-        subset, heldout, known = hashes_today(options.data, options.n, options.size, options.offset)
-        found |= {"subset_sha256": subset,
-                  "heldout_sha256": known if options.conditional else heldout}
+        found |= hashes_today(options.data, options.n, options.size, options.offset,
+                              options.conditional)
     return found
 
 

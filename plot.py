@@ -96,7 +96,7 @@ def read_rows(path):
         cells = sorted((c, v) for c, v in row.items() if c not in (None, "check") and v)
         check = hashlib.sha256(repr((run, path.name, f"{k} of {len(rows)}", cells)).encode())
         check = check.hexdigest()[:8]
-        if row.pop("check", "" if run else check) != check:     # older runs have no checks
+        if row.pop("check", "" if run else check) != check:     # alone, it may have none
             raise PlotError(f"{path}: changed since it was written, or another run's; delete it, "
                             "and the script that wrote it makes it again")
     return [{k: v or "" for k, v in row.items() if k is not None} for row in rows]
@@ -208,7 +208,8 @@ class Run:
         keep = np.isfinite(table[name]) & (table["step"] > 0)
         steps, values = table["step"][keep], table[name][keep]
         gaps = np.diff(np.log(steps))
-        keep = np.append(gaps > 0.25 * np.median(gaps), True) if len(gaps) else slice(None)
+        far = gaps > min(0.25 * np.median(gaps), 0.1) if len(gaps) else []
+        keep = np.append(far, len(steps) > 0).astype(bool)[:len(steps)]
         return steps[keep], values[keep]
 
     def by_step(self, name):
@@ -1353,7 +1354,7 @@ def styles_of(columns):
     plain = [column for column, (_, _, label) in styles.items() if label is None]
     if len(plain) > 1:
         for column, line in zip(plain, itertools.cycle(("-", "--", "-.", ":"))):
-            styles[column] = line, None, words(column)
+            styles[column] = line, None, words(column.replace("_SPACE", ""))
     return styles
 
 
@@ -1393,7 +1394,9 @@ def dress(axis, title, scale, xlabel=""):
 def cut(axis):
     """Limit y to what the curves reach once they have come down to twice their median: the values
     before, of a network without skill yet, would press all later ones flat."""
-    curves = [y for line in axis.lines if len(y := line.get_ydata()) > 2]       # no controls
+    # Not the controls, lines across the panel, whose x are in its units.
+    curves = [line.get_ydata() for line in axis.lines if line.get_transform() == axis.transData]
+    curves = [y for y in curves if len(y)]
     tops = [y[np.argmax(y <= 2 * np.median(y)):].max() for y in curves]
     if curves:
         axis.set_ylim(min(-0.066 * max(tops), *(1.1 * y.min() for y in curves)),
@@ -1506,6 +1509,7 @@ def plot_metrics(run, path):
 def plot_levels(run, path):
     """Loss by noise level, the perfect memorizer's too, and where held-out loss turns."""
     names = list(LEVEL_PANELS)
+    names += [""] * (LEVELS % 2)
     half = len(names) // 2
     figure, axes = panels(run, [names[:half], names[half:]], (13, 5.4))
     for name, axis in axes.items():
@@ -1577,9 +1581,11 @@ def plot_copier(run, path):
     for title, _, columns in PANELS.values():
         for column, (_, _, label) in styles_of(columns).items():
             zero, one = (run.control(key, column) for key in CONTROLS)
-            found, own = run.by_step(column), label in (None, "train", "held-out", words(column))
-            if "replaced" in title or not own or not found or not abs(one - zero) > 0:
-                continue                        # in another panel, no metric, or nothing to tell
+            found, own = run.by_step(column), words(column.replace("_SPACE", ""))
+            if "replaced" in title or label not in (None, "train", "held-out", own):
+                continue                        # it is in another panel, or no metric
+            if not found or not abs(one - zero) > 0:
+                continue
             name = (title if label is None else f"{title} to {label}" if label in (
                 "train", "held-out") else label)
             values = np.array([(found.get(s, math.nan) - zero) / (one - zero) for s in steps])
@@ -1608,7 +1614,7 @@ def plot_copier(run, path):
 
 def plot_denoisers(run, path):
     """How far the network's x0 is from each reference, and which is nearest: where and when."""
-    rows, levels = run.tables["denoisers"], (1, 3, 5, 8)
+    rows, levels = run.tables["denoisers"], [int(LEVELS * x) for x in (0.1, 0.3, 0.5, 0.8)]
     others = {row["reference"]: None for row in rows if row["reference"] not in REFERENCES}
     colors = REFERENCES | dict(zip(others, palette(len(others)), strict=True))
     names = list(colors)

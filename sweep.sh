@@ -276,7 +276,8 @@ work() {                # on the device $1, one after the other, the runs that n
   local device k
   on_device "$1"
   for ((k = 0; k < ${#todo[@]}; k++)); do
-    kill -0 $$ 2>/dev/null || break     # this script has been killed: nothing new begins
+    # Where this script has been killed nothing new begins. (A zombie, Z, waits for its parent.)
+    kill -0 $$ 2>/dev/null && [[ $(ps -o stat= -p $$ 2>/dev/null) != Z* ]] || break
     if mkdir "$claims/$k" 2>/dev/null; then run_one "${todo[k]}" || true; fi
   done
 }

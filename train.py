@@ -67,7 +67,7 @@ class Process(NamedTuple):
     """A noise process, and what the network predicts in it.
 
     schedule(t) -> a, s: the shares of image and noise in xt = a x0 + s eps, for t (B,) in [0, 1];
-        s(1) is 1 or nearly: sampling starts from standard normal noise.
+        s(1) is 1 or nearly: sampling starts from standard normal noise. t may be 0-d, too.
     predicts(a, s) -> c, d: the network predicts c x0 + d eps.
     T: the number of discrete times k/T, k = 1 .. T; 0 where time is continuous.
     clip: whether sample.py clamps x0 to [-1, 1]: needed where eps is predicted, a(1) near 0.
@@ -1586,6 +1586,9 @@ def main(argv=None):
         # On "meta", without memory: impossible options end before anything is read or fetched.
         with torch.device("meta"):
             build_net(vars(args), (size, size, 3), 10 if args.conditional else 0)
+    if abs(float(PROCESSES[args.process].schedule(torch.ones(1))[1]) - 1) > 0.01:
+        raise InputError(f"--process {args.process}: its s(1) must be 1, as sampling starts from "
+                         "noise of variance 1")
     device, rank, world = join_processes(pick_device(args.device))
     if args.batch % world:
         raise InputError(f"--batch {args.batch}: {world} processes cannot share it evenly")

@@ -710,6 +710,29 @@ def test_functions_in_a_container_belong_to_the_code(monkeypatch, kind):
     assert measure.code_of(measure.fidelity) == codes[-1]       # no address is in it
 
 
+def test_a_network_that_is_loaded_at_its_first_use_is_no_change(monkeypatch):
+    codes = []
+    for value in (None, torch.nn.Linear(1, 1), None):
+        monkeypatch.setattr(measure, "SW_PROJECTIONS", value)
+        codes.append(measure.code_of(measure.fidelity))
+    assert len({*codes}) == 1
+
+
+def test_containers_of_anything_have_a_code(monkeypatch):
+    loop = [1]
+    loop.append(loop)
+    sizes = (lambda x: x,
+             lambda x: x / 2)
+    codes = []
+    for value in (loop, sizes, (measure.say_once,), ((1,), 2), ((1, 2),), (torch.float64, 1),
+                  (torch.float32, 1), (range(3),), (range(4),), (train.PROCESSES["flow"],),
+                  (train.PROCESSES["ddpm"],)):
+        monkeypatch.setattr(measure, "SW_PROJECTIONS", value)
+        codes.append(measure.code_of(measure.fidelity))
+        assert measure.code_of(measure.fidelity) == codes[-1]
+    assert len({*codes}) == len(codes)
+
+
 def test_rows_whose_samples_are_gone_are_said_to_be_old(run, monkeypatch, capsys):
     file_of(run, 16).unlink()
     for threshold, told in ((1 / 3, False), (1 / 4, True)):

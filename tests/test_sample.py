@@ -354,10 +354,20 @@ def test_a_path_in_an_option_makes_one_folder():
     assert sample.set_name(settings, PROCESSES["flow"]) == "guideruns-other"
 
 
-def test_a_process_that_does_not_end_in_unit_noise_is_refused():
+def test_a_process_that_does_not_end_in_unit_noise_is_not_trained(monkeypatch, tmp_path, refused):
     exploding = train.Process(lambda t: (1 + 0 * t, 10 * t), train.PREDICTIONS["eps"])
-    with pytest.raises(train.InputError, match="variance 1"):
-        sample.sampling_times(exploding, 10)
+    monkeypatch.setitem(PROCESSES, "exploding", exploding)
+    refused(train.main, [*TINY, "--process", "exploding", "--out", tmp_path / "r"], "variance 1")
+
+
+def test_a_samples_file_of_your_own_making_is_taken(sampled_run, tmp_path):
+    run = shutil.copytree(sampled_run, tmp_path / "r")
+    path = run / "samples/mine/0000016.npz"
+    images, labels = np.zeros((3, 8, 8, 3), np.uint8), np.zeros(3, np.int64)
+    sample.write_samples(path, images, labels, {}, 0.0, train.identity(train.read_run(run)))
+    found = sample.read_samples(path)
+    weights = sample.weights_today(run, train.read_run(run), found.settings, 16)
+    assert weights and not sample.what_changed(found.made, weights, [1.0])
 
 
 def test_an_option_of_your_own_belongs_to_the_sampler(sampled_run, tmp_path, refused, monkeypatch,

@@ -369,7 +369,9 @@ def test_a_pair_of_close_evaluations_counts_once():
     run = plot.Run("r", {}, {"step": steps, "heldout_loss": np.arange(7.0)}, {})
     assert run.column("heldout_loss")[0].tolist() == [64, 91, 128, 181, 256, 363]
     assert run.column("heldout_loss")[1].tolist() == [0, 1, 2, 3, 4, 6]
-    for steps in (np.arange(1.0, 400), 1000 + np.arange(3.0), np.array([5.0])):    # evenly spaced
+    uneven = ([64, 16384, 23168], [64, 1024, 1448], [16, 64, 10000, 11585])
+    for steps in (np.arange(1.0, 400), 1000 + np.arange(3.0), np.array([5.0]),
+                  *map(np.array, uneven)):
         run = plot.Run("r", {}, {"step": steps, "heldout_loss": steps}, {})
         assert run.column("heldout_loss")[0].tolist() == steps.tolist()
     # a loss that is lowest at 5,200: with 5792 beside 5793 its turn is no less known
