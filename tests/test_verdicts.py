@@ -787,11 +787,11 @@ def test_nothing_here_needs_torch():
 
 
 @pytest.mark.parametrize("name", ["digits", "digits_ddpm", "class", "toy", "mini", "mini_ddpm",
-                                  "mini32", "hump", "hump2048"])
+                                  "mini32", "features", "hump", "hump2048"])
 def test_the_committed_tables_give_the_committed_verdicts(tmp_path, name):
     (runs,) = plot.find_runs(ROOT / "results" / name).values()
     plot.write_tables(runs, plot.sweeps(runs), tmp_path)
-    one_run = name.startswith(("hump", "toy", "mini32"))             # or sets of one: no verdicts
+    one_run = name.startswith(("hump", "toy", "mini32", "features"))             # or sets of one: no verdicts
     for file in ("claims.md", "summary.csv", "runs.csv")[one_run:]:
         assert (tmp_path / file).read_text() == (ROOT / "results" / name / file).read_text(), file
 
