@@ -791,7 +791,7 @@ def test_nothing_here_needs_torch():
 def test_the_committed_tables_give_the_committed_verdicts(tmp_path, name):
     (runs,) = plot.find_runs(ROOT / "results" / name).values()
     plot.write_tables(runs, plot.sweeps(runs), tmp_path)
-    one_run = name.startswith(("hump", "toy", "mini32", "features"))             # or sets of one: no verdicts
+    one_run = name.startswith(("hump", "toy", "mini32", "features"))  # no verdicts
     for file in ("claims.md", "summary.csv", "runs.csv")[one_run:]:
         assert (tmp_path / file).read_text() == (ROOT / "results" / name / file).read_text(), file
 
