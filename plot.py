@@ -1175,23 +1175,27 @@ def interval_text(result):
         f"{result.value:.2f} [{result.low:.2f}, {result.high:.2f}]")
 
 
+def heading(runs, judged):
+    """The first line of claims.md: of how many of these runs it is, and in which features."""
+    repeats = collections.Counter(run.key() for run in judged).values()
+    more, bare = (sum(run.set != judged[0].set for run in runs),
+                  sum(run.space is None for run in judged))
+    text = (f"{len(judged)} runs of {len(repeats)} settings, {sum(c > 1 for c in repeats)} with "
+            f"repeats; distances in {next((run.space for run in judged if run.space), '-')}")
+    if 0 < bare < len(judged):
+        text += f" ({bare} runs have none)"
+    if more:
+        text += f"; {more} other sets of samples are not judged"
+    return text + ". In brackets: 95 % intervals. Definitions: results/README.md."
+
+
 def claims_text(runs, found, study):
     """claims.md: the claims and their verdicts; exponents by each definition; onsets of each run.
 
     study: whether the study's own curves stand beside these runs.
     """
     judged = usual(runs)
-    repeats = collections.Counter(run.key() for run in judged).values()
-    more, bare = (sum(run.set != judged[0].set for run in runs),
-                  sum(run.space is None for run in judged))
-    space = next((run.space for run in judged if run.space), "-")
-    head = f"distances in {space}"
-    if 0 < bare < len(judged):
-        head += f" ({bare} runs have none)"
-    if more:
-        head += f"; {more} other sets of samples are not judged"
-    text = [f"{len(judged)} runs of {len(repeats)} settings, {sum(c > 1 for c in repeats)} with "
-            + f"repeats; {head}. In brackets: 95 % intervals. Definitions: results/README.md."]
+    text = [heading(runs, judged)]
     text += [f"{factor_of(name).label}: {', '.join(map(str, groups))}{groups.where}."
              for name, groups in found.items()]
 

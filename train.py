@@ -782,6 +782,9 @@ def parse(argv):
         raise InputError(f"--eval-images {args.eval_images}: needs {LEVELS} or more, one per level")
     if args.batch > 1000 * args.n:
         raise InputError(f"--batch {args.batch}: more than a thousand times --n {args.n}")
+    if abs(float(PROCESSES[args.process].schedule(torch.ones(1))[1]) - 1) > 0.01:
+        raise InputError(f"--process {args.process}: its s(1) must be 1, as sampling starts from "
+                         "noise of variance 1")
     args.steps = args.steps or (math.ceil(args.images / args.batch) if args.images else 100_000)
     return args
 
@@ -1586,9 +1589,6 @@ def main(argv=None):
         # On "meta", without memory: impossible options end before anything is read or fetched.
         with torch.device("meta"):
             build_net(vars(args), (size, size, 3), 10 if args.conditional else 0)
-    if abs(float(PROCESSES[args.process].schedule(torch.ones(1))[1]) - 1) > 0.01:
-        raise InputError(f"--process {args.process}: its s(1) must be 1, as sampling starts from "
-                         "noise of variance 1")
     device, rank, world = join_processes(pick_device(args.device))
     if args.batch % world:
         raise InputError(f"--batch {args.batch}: {world} processes cannot share it evenly")
