@@ -1494,9 +1494,35 @@ def save_figure(figure, path, title, loc="upper center"):
     write(path, buffer.getvalue())
 
 
-def plot_run(run, path, rows=(FOUR,)):
-    """Panels of one run, the study's four: train solid, held-out dashed, controls, onsets."""
-    figure, _ = panels(run, list(rows), (2.75 * len(rows[0]) + 2, 2.6 * len(rows) + 1.4))
+def draw_study(axis, run, other, panel):
+    """The study's curves (other, a Run) in a run's panel: grey, as far as its own go.
+
+    Shares are compared as they are; all else is multiplied by what makes held-out curves lowest at
+    one height, since neither its loss nor its features are the same.
+    """
+    _, kind, columns = PANELS[panel]
+    curves = {}
+    for column in columns.split():
+        (steps, ours), (x, theirs) = run.column(column), other.column(column)
+        if len(steps) and len(x):
+            x, theirs = x[within := (steps[0] <= x) & (x <= steps[-1])], theirs[within]
+            if len(x):
+                curves[column] = x, theirs, 1 if kind == "share" else min(ours) / min(theirs)
+    for column, (x, theirs, _) in curves.items():
+        axis.plot(x, theirs * [*curves.values()][-1][2], color="0.6", linewidth=0.9, zorder=1,
+                  linestyle=styles_of(columns)[column][0])
+    if curves:
+        axis.plot([], [], color="0.6", label="the study, moved to the same lowest value")
+
+
+def plot_run(run, path, rows=(FOUR,), study=()):
+    """Panels of one run, the study's four: train solid, held-out dashed, controls, onsets.
+
+    study: the study's runs with the same settings, to be drawn behind.
+    """
+    figure, axes = panels(run, list(rows), (2.75 * len(rows[0]) + 2, 2.6 * len(rows) + 1.4))
+    for other, (name, axis) in itertools.product(study, axes.items()):
+        draw_study(axis, run, other, name)
     save_figure(figure, path, "\n".join(map(words, run.name.split("\n")))
                 + (f"; features: {run.space}" if run.space else ""))
 
@@ -1904,19 +1930,26 @@ RUN_FIGURES = (
     ("planted_{}.png", plot_planted, lambda run: "planted" in run.tables))
 
 
+def same_setting(run, other):
+    """Whether a run has the settings of one of the study's, whose options are what it swept."""
+    return all(run.options.get(option) == value for option, value in other.options.items()
+               if option != "seed")
+
+
 def draw_all(runs, found, folder, study, damaged):
     """Every figure that runs and their sweeps (found, see sweeps) have the data for.
 
     Of several seeds the first gets all figures, the others their curves. study: the study's own
-    sweeps, to be drawn behind these, or {}. damaged: a list that takes the message of each file
-    that cannot be read.
+    runs, to be drawn behind these, or []. damaged: a list that takes the message of each file that
+    cannot be read.
     """
     seen = set()
     for run in [run for run in runs if not run.options.get("setting_switch")]:
         for name, draw, has in RUN_FIGURES:
             if (draw is plot_run or (run.key(), draw) not in seen) and has(run):
+                more = {"study": [other for other in study if same_setting(run, other)]}
                 try:
-                    draw(run, folder / name.format(run.stem))
+                    draw(run, folder / name.format(run.stem), **more if draw is plot_run else {})
                 except PlotError as error:
                     damaged.append(str(error))
                 seen.add((run.key(), draw))
@@ -1925,7 +1958,8 @@ def draw_all(runs, found, folder, study, damaged):
         if any(run.options["setting_switch"] for run in sets):
             plot_switch(sets, folder / f"switch_{sets[0].stem}.png")
     for factor, groups in found.items():
-        plot_sweep(factor, groups, folder / f"sweep_{factor}.png", study.get(factor))
+        behind = sweeps(study).get(factor)
+        plot_sweep(factor, groups, folder / f"sweep_{factor}.png", behind)
         plot_onset(factor, groups, folder / f"onset_{factor}.png", usual(runs))
 
 
@@ -1953,7 +1987,7 @@ def report(roots, study, ignore):
     for folder, runs in groups.items():
         found = sweeps(runs)
         write_tables(runs, found, folder, study)
-        draw_all(runs, found, folder, sweeps(study_runs()) if study else {}, damaged)
+        draw_all(runs, found, folder, study_runs() if study else [], damaged)
         if unlike := measured_unlike(runs):
             print(f"warning: {folder}: not all measured by the same code of {', '.join(unlike)}; "
                   "measure.py RUN measures anew what is old", file=sys.stderr)

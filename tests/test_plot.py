@@ -258,6 +258,30 @@ def test_sweeps_are_also_drawn_in_normalised_time_and_over_the_study(tmp_path, d
     assert sum("study" in text for axis in figure.axes for text in labels(axis)) == 8
 
 
+def test_a_run_of_the_studys_settings_is_drawn_before_its_curves(tmp_path, drawn):
+    for width in (64, 128):
+        made_up(tmp_path, n=2048, width=width, batch=128, lr=1e-4)
+    (runs,) = plot.find_runs(tmp_path).values()
+    plot.draw_all(runs, {}, tmp_path, plot.study_runs(), [])
+    both = {run.options["width"]: next(figure for figure, title in drawn if title.startswith(
+        plot.words(run.name)) and len(figure.axes) == 4) for run in runs}
+    assert {width: any("study" in text for axis in figure.axes for text in labels(axis))
+            for width, figure in both.items()} == {64: False, 128: True}
+
+    run, study = runs[0], plot.study_runs()[-1]
+    plot.plot_run(run, None, study=[study])
+    for name, column in (("loss", "heldout_loss"), ("copy ratio (d1/d2 < 1/3)", "copy_ratio"),
+                         ("FID", "fid_pixels_heldout")):
+        *_, line, _ = [line for line in titled(drawn[-1][0], name).lines
+                       if line.get_color() == "0.6"]
+        (steps, ours), (x, theirs) = run.column(column), study.column(column.replace("pixels",
+                                                                                     "SPACE"))
+        within = (x >= steps[0]) & (x <= steps[-1])
+        assert 3 < within.sum() < len(x) and (line.get_xdata() == x[within]).all()
+        factor = 1 if "copy" in column else ours.min() / theirs[within].min()
+        assert line.get_ydata() == pytest.approx(theirs[within] * factor)
+
+
 def test_everything_is_drawn(tmp_path):
     add_tables(made_up(tmp_path))
     made_up(tmp_path, seed=1)
