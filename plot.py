@@ -1958,8 +1958,8 @@ def draw_all(runs, found, folder, study, damaged):
         if any(run.options["setting_switch"] for run in sets):
             plot_switch(sets, folder / f"switch_{sets[0].stem}.png")
     for factor, groups in found.items():
-        behind = sweeps(study).get(factor)
-        plot_sweep(factor, groups, folder / f"sweep_{factor}.png", behind)
+        behind = sweeps(study) if study else {}
+        plot_sweep(factor, groups, folder / f"sweep_{factor}.png", behind.get(factor))
         plot_onset(factor, groups, folder / f"onset_{factor}.png", usual(runs))
 
 
