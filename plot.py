@@ -1501,16 +1501,17 @@ def draw_study(axis, run, other, panel):
     one height, since neither its loss nor its features are the same.
     """
     _, kind, columns = PANELS[panel]
-    curves = {}
-    for column in columns.split():
+    styles, curves, factor = styles_of(columns), {}, 1
+    for column in styles:
         (steps, ours), (x, theirs) = run.column(column), other.column(column)
-        if len(steps) and len(x):
-            x, theirs = x[within := (steps[0] <= x) & (x <= steps[-1])], theirs[within]
-            if len(x):
-                curves[column] = x, theirs, 1 if kind == "share" else min(ours) / min(theirs)
-    for column, (x, theirs, _) in curves.items():
-        axis.plot(x, theirs * [*curves.values()][-1][2], color="0.6", linewidth=0.9, zorder=1,
-                  linestyle=styles_of(columns)[column][0])
+        within = (x >= min(steps, default=math.inf)) & (x <= max(steps, default=0))
+        if within.any():
+            curves[column] = x[within], theirs[within]
+            if kind != "share":                             # the last column's counts: held-out
+                factor = ours.min() / theirs[within].min()
+    for column, (x, theirs) in curves.items():
+        axis.plot(x, theirs * factor, color="0.6", linestyle=styles[column][0], linewidth=0.9,
+                  zorder=1)
     if curves:
         axis.plot([], [], color="0.6", label="the study, moved to the same lowest value")
 
