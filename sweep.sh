@@ -27,6 +27,7 @@
 #   DATA    cifar10 (downloaded) or an .npz file; digits and toy have their own
 #   OUT     folder of the runs; default: runs/GRID
 #   GPUS    devices, a run at a time on each: "0 1 2 3"; "0 0" is two at a time on GPU 0; "cpu cpu"
+#   OMP_NUM_THREADS         threads of a run on the CPU; default: the cores, shared out
 #   KEEP    weights that stay once a run is measured: all, last or none; default: all
 #   TRAIN SAMPLE MEASURE    more options for train.py, sample.py, measure.py
 #   PYTHON  the interpreter; default: python
@@ -167,7 +168,7 @@ ask() {                 # the runs into `rows`: name, state, ... (measure.py) be
 
 on_device() {           # $1 of GPUS: the environment and `device` for the scripts
   if [[ $1 == cpu ]]; then
-    export OMP_NUM_THREADS=$threads
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
     device=cpu
   else
     export CUDA_VISIBLE_DEVICES=$1

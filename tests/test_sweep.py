@@ -193,6 +193,13 @@ def test_devices(fake, tmp_path, monkeypatch):
     assert "done   N4" in text
 
 
+@pytest.mark.parametrize("given, threads", [("", "4"), ("3", "3")])
+def test_cores_are_shared_out_unless_the_user_says_how_many(fake, tmp_path, given, threads):
+    sweep(tmp_path, "toy", script=fake, SLURM_CPUS_ON_NODE="8", OMP_NUM_THREADS=given)
+    log = (tmp_path / "logs/N4.log").read_text()
+    assert re.search(r"train.py .* (\S+)", log).group(1) == threads
+
+
 def test_out_is_in_the_callers_folder(fake, tmp_path):
     sweep("my runs", "toy", script=fake, cwd=tmp_path)
     assert (tmp_path / "my runs/N6/done").exists()
