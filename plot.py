@@ -1183,7 +1183,7 @@ def heading(runs, judged):
     text = (f"{len(judged)} runs of {len(repeats)} settings, {sum(c > 1 for c in repeats)} with "
             f"repeats; distances in {next((run.space for run in judged if run.space), '-')}")
     if 0 < bare < len(judged):
-        text += f" ({bare} runs have none)"
+        text += f" ({bare} of the runs: none)"
     if more:
         text += f"; {more} other sets of samples are not judged"
     return text + ". In brackets: 95 % intervals. Definitions: results/README.md."
@@ -1513,7 +1513,8 @@ def draw_study(axis, run, other, panel):
         axis.plot(x, theirs * factor, color="0.6", linestyle=styles[column][0], linewidth=0.9,
                   zorder=1)
     if curves:
-        axis.plot([], [], color="0.6", label="the study, moved to the same lowest value")
+        axis.plot([], [], color="0.6", label="the study, scaled until held-out curves are lowest "
+                                             "at one height")
 
 
 def plot_run(run, path, rows=(FOUR,), study=()):
@@ -1746,7 +1747,7 @@ def strip(axis, file, top, label):
             axis.imshow(np.broadcast_to(picture, (*picture.shape[:2], 3)), interpolation="nearest",
                         extent=(left, left + 1, y + 1, y))
         color, weight, width = (RED, "bold", 2.5) if copy else ("0.3", None, 0)
-        axis.text(left + 0.5, top + 1.05, f"{ratio:.2f}", ha="center", va="top",
+        axis.text(left + 0.5, top + 1.1, f"{ratio:.2f}", ha="center", va="top",
                   fontsize="small", color=color, weight=weight)
         axis.add_patch(plt.Rectangle((left, top), 1, 1, fill=False, edgecolor=color,
                                      linewidth=width))
@@ -2025,6 +2026,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not (args.roots or args.paper):
         p.error("a folder, or --paper")
+    if args.ignore and not args.roots:
+        p.error("--ignore: names options of a folder's runs, and there is no folder")
     for stream in (sys.stdout, sys.stderr):         # names of runs that the locale cannot print
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -398,9 +398,11 @@ def parse(argv):
     if not 0 <= args.eta <= 1:
         raise InputError(f"--eta {args.eta}: must be 0 to 1")
     if args.switch:
-        if args.exact or not re.fullmatch(r"[1-9]\d*@0?\.\d*[1-9]", args.switch):
+        if args.exact:
+            raise InputError("--switch and --exact: give one of them")
+        if not re.fullmatch(r"[1-9]\d*@0?\.\d*[1-9]", args.switch):
             raise InputError(f"--switch {args.switch}: must be a snapshot's step and a time "
-                             "between 0 and 1, say 4096@0.5, without --exact")
+                             "between 0 and 1, say 4096@0.5")
         args.switch = args.switch.replace("@.", "@0.")          # one name for one time
     if args.exact and args.steps_only:
         raise InputError("--steps-only: --exact draws without a snapshot")
@@ -515,7 +517,8 @@ def main(argv=None):
     wanted += [("--switch", switch_of(settings)[0])] if args.switch else []
     for flag, step in wanted:
         if step not in steps:
-            raise InputError(f"{flag} {step}: {args.run}/snapshots has no snapshot of that step")
+            raise InputError(f"{flag} {step}: {args.run}/snapshots has no snapshot of that step, "
+                             f"only of {', '.join(map(str, steps)) or 'none'}")
     if not args.exact and not steps:
         raise InputError(f"{args.run}: has no snapshots; train it first")
     place, run = set_name(settings, process), identity(record)

@@ -994,7 +994,7 @@ def read_run(run):
         raise InputError(f"{path}: --process {options['process']} is none that train.py knows")
     if record["process_fingerprint"] != fingerprint(process):
         raise InputError(f"{path}: --process {options['process']} computes something else today "
-                         "than when this run was trained")
+                         "than when this run was trained; undo the change or train anew")
     return record
 
 

@@ -576,7 +576,7 @@ def test_runs_that_are_not_measured_yet_count_and_so_does_no_run_twice(tmp_path)
     assert all(len(group) == 1 for group in found["n"].values())
     text = plot.claims_text(runs, found, False)
     assert text.startswith("7 runs of 7 settings, 0 with repeats; distances in pixels "
-                           "(4 runs have none); 4 other sets of samples are not judged.")
+                           "(4 of the runs: none); 4 other sets of samples are not judged.")
     assert "3 of 3 runs that reach copy ratio .1" in text
     assert all(len(group) == 1 for group in found["setting_eta"].values())
     (row,) = [row for row in text.splitlines() if row.startswith("| 3a")]
