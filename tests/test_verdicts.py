@@ -805,6 +805,9 @@ def test_an_ignored_option_makes_no_other_run(tmp_path, drawn, capsys):
     text = capsys.readouterr().out
     assert "3 runs of 1 settings, 1 with repeats" in text and "eval images" not in text
     folder_of(tmp_path, "twice", {"n": 16, "seed": 0, "eval_images": 5120})
+    with pytest.raises(SystemExit):
+        plot.main(["--paper", "--ignore", "eval_images"])
+    assert "--ignore: names options of a folder's runs" in capsys.readouterr().err
     for ignored, word in ((["none"], "--ignore none"), ([], "--ignore: s0 and twice")):
         with pytest.raises(SystemExit) as stop:
             plot.main([str(tmp_path), "--ignore", "eval_images", *ignored])
